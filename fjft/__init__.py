@@ -1,0 +1,41 @@
+"""Fine-tunes Hugging Face language models in JAX and Flax."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fjft.build import load_config, load_model
+    from fjft.checkpoint.adapter import merge_adapter, save_adapter
+    from fjft.checkpoint.huggingface import save_model
+    from fjft.errors import UserError
+    from fjft.generate.decode import generate
+    from fjft.train.loop import train
+
+__all__ = [
+    "UserError",
+    "generate",
+    "load_config",
+    "load_model",
+    "merge_adapter",
+    "save_adapter",
+    "save_model",
+    "train",
+]
+
+_HOMES = {
+    "UserError": "fjft.errors",
+    "generate": "fjft.generate.decode",
+    "load_config": "fjft.build",
+    "load_model": "fjft.build",
+    "merge_adapter": "fjft.checkpoint.adapter",
+    "save_adapter": "fjft.checkpoint.adapter",
+    "save_model": "fjft.checkpoint.huggingface",
+    "train": "fjft.train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `import fjft` stays light.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fjft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,171 @@
+"""The mesh, and the one table that says which tensor axis lies on which mesh axis."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fjft.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a tensor -> mesh axes. Everything that is sharded is sharded by
+# this table; an axis that is not in it is an error.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+    "rank": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the mesh axes; one of them may be -1, "all the other devices".
+
+    Attributes:
+      data: Copies of the weights, each with its own part of the batch.
+      fsdp: Devices that share the weights, each with its own part of the batch.
+      tensor: Devices that share each matrix product.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+def make_mesh(config: Config, devices: list | None = None) -> Mesh:
+    """Makes the mesh that `config` describes.
+
+    Args:
+      config: Axis sizes.
+      devices: All of this run's devices when None.
+
+    Raises:
+      UserError: The sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(
+            f"mesh {wanted}: sizes are positive, and one of them may be -1 for the rest"
+        )
+    if -1 in sizes:
+        rest, left = divmod(len(devices), math.prod(s for s in sizes if s != -1))
+        if left or not rest:
+            raise UserError(
+                f"mesh {wanted} does not divide the {len(devices)} devices of this run"
+            )
+        sizes[sizes.index(-1)] = rest
+    if math.prod(sizes) > len(devices):
+        raise UserError(
+            f"mesh {wanted} needs {math.prod(sizes)} devices, this run has "
+            f"{len(devices)}; set one axis to -1 to use them all"
+        )
+    if math.prod(sizes) < len(devices):
+        if jax.process_count() > 1:
+            raise UserError(
+                f"mesh {wanted} uses {math.prod(sizes)} of {len(devices)} devices; "
+                "over several processes it must use them all"
+            )
+        devices = devices[: math.prod(sizes)]
+    return Mesh(
+        np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def single_device_mesh() -> Mesh:
+    """The mesh of the first local device alone."""
+    return make_mesh(Config(1, 1, 1), jax.local_devices()[:1])
+
+
+def spec(axes: tuple[str | None, ...]) -> P:
+    """The partition of a tensor with these logical axes.
+
+    `("heads", "embed")` becomes `P("tensor", "fsdp")`.
+    """
+    return P(*(RULES[axis] if axis is not None else None for axis in axes))
+
+
+def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """The number of parts that a batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch lies: rows over data and fsdp."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def param_shardings(
+    axes: Mapping[str, tuple[str | None, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+) -> dict[str, NamedSharding]:
+    """The sharding of every parameter.
+
+    Args:
+      axes: Logical axes by path.
+      shapes: Shapes by path.
+      mesh: The mesh.
+
+    Raises:
+      UserError: No rule covers an axis, or a dimension does not divide.
+    """
+    shardings = {}
+    for path, names in axes.items():
+        for name, size in zip(names, shapes[path], strict=True):
+            if name is not None and name not in RULES:
+                raise UserError(
+                    f"{path}: no sharding rule for axis {name!r}; known: {list(RULES)}"
+                )
+            _check_divides(path, name, size, mesh)
+        shardings[path] = NamedSharding(mesh, spec(names))
+    return shardings
+
+
+def _check_divides(path: str, name: str | None, size: int, mesh: Mesh) -> None:
+    mesh_axis = RULES[name] if name is not None else None
+    if mesh_axis is None:
+        return
+    names = (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis
+    shards = math.prod(mesh.shape[n] for n in names)
+    if size % shards:
+        fitting = [n for n in range(1, mesh.size + 1) if size % n == 0]
+        raise UserError(
+            f"{path}: axis {name!r} of size {size} is not divisible by "
+            f"mesh.{'*'.join(names)} = {shards}; sizes that work: {fitting}"
+        )
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fixes how an activation lies, by logical axes; without a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Checks that a batch cuts evenly into microbatches and over devices.
+
+    Raises:
+      UserError: It does not; the message names the nearest sizes that do.
+    """
+    unit = accumulation_steps * data_shards(mesh)
+    if batch_size < 1 or batch_size % unit:
+        lower = batch_size // unit * unit
+        near = [size for size in (lower, lower + unit) if size]
+        raise UserError(
+            f"batch {batch_size} is not divisible by accumulation_steps * data * fsdp "
+            f"= {unit}; use {' or '.join(map(str, near))}"
+        )
