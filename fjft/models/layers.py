@@ -1,0 +1,248 @@
+"""The parts that every family is made of: parameters, linear maps, norms, stacks."""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+Initializer = Callable[..., jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes parameters: one row gives shape, logical axes and initializer.
+
+    Attributes:
+      rngs: Where initial values come from.
+      dtype: Storage type.
+      stack: Leading axes that the caller's layers are stacked over, `()` or `(L,)`.
+    """
+
+    rngs: nnx.Rngs
+    dtype: Any
+    stack: tuple[int, ...] = ()
+
+    def __call__(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer
+    ) -> nnx.Param:
+        value = init(self.rngs.params(), (*self.stack, *shape), self.dtype)
+        return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
+
+
+class Linear(nnx.Module):
+    """The one linear map: `y = x @ weight.T + bias`, then the adapter, if any.
+
+    The weight lies as Hugging Face has it, (out, in), so that loading is copying.
+
+    Attributes:
+      name: The attribute that holds this map in its block (`q`, `gate`, ...).
+      adapter: None, or a module called as `adapter(x, y, rng)` that returns the new y.
+    """
+
+    def __init__(
+        self,
+        make: Maker,
+        name: str,
+        sizes: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        bias: bool,
+        std: float,
+    ):
+        self.name = name
+        self.weight = make(sizes, axes, jax.nn.initializers.normal(std))
+        self.bias = nnx.data(
+            make(sizes[:1], axes[:1], jax.nn.initializers.zeros) if bias else None
+        )
+        self.adapter = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None = None
+    ) -> Float[Array, "*B out"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + _broadcast(self.bias[...].astype(x.dtype), y)
+        if self.adapter is not None:
+            if rng is not None:
+                rng = jax.random.fold_in(rng, zlib.crc32(self.name.encode()))
+            y = self.adapter(x, y, rng)
+        return y
+
+
+def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.broadcast_in_dim(vector, like.shape, (like.ndim - 1,))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32 (Zhang and Sennrich 2019, equation 4)."""
+
+    def __init__(self, make: Maker, size: int, *, eps: float):
+        self.weight = make((size,), ("norm",), jax.nn.initializers.ones)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        return normed * _broadcast(self.weight[...].astype(x.dtype), normed)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, (V, D)."""
+
+    def __init__(self, make: Maker, vocab_size: int, size: int, *, std: float):
+        init = jax.nn.initializers.normal(std)
+        self.weight = make((vocab_size, size), ("vocab", "embed"), init)
+
+    def __call__(
+        self, ids: Int[Array, "*B"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "*B D"]:
+        return self.weight[...].astype(dtype)[ids]
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, "GLU variants")."""
+
+    def __init__(
+        self,
+        make: Maker,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        bias: bool,
+        std: float,
+    ):
+        widen = (intermediate_size, hidden_size), ("mlp", "embed")
+        narrow = (hidden_size, intermediate_size), ("embed", "mlp")
+        self.gate = Linear(make, "gate", *widen, bias=bias, std=std)
+        self.up = Linear(make, "up", *widen, bias=bias, std=std)
+        self.down = Linear(make, "down", *narrow, bias=bias, std=std)
+        self.activation = activation
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rng: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        gate = ACTIVATIONS[self.activation](self.gate(x, rng))
+        return self.down(gate * self.up(x, rng), rng)
+
+
+def plan_stack(
+    kinds: Sequence[Hashable], cuts: Sequence[int] = ()
+) -> list[list[list[int]]]:
+    """Groups layers into the fewest scans.
+
+    Layers that differ in what the compiler must know (a window, say) cannot share a
+    scanned body, but a repeating pattern of them can be one body.
+
+    Args:
+      kinds: What the compiler must know of each layer.
+      cuts: Layer numbers at which a new scan must start (for freezing a part).
+
+    Returns:
+      Runs, each a list of blocks, each the list of layers stacked in it. With kinds
+      `s s f s s f s`, the runs are `[[0, 3], [1, 4], [2, 5]]` and `[[6]]`.
+    """
+    runs = []
+    edges = sorted({0, len(kinds), *(c for c in cuts if 0 < c < len(kinds))})
+    for edge, stop in itertools.pairwise(edges):
+        start = edge
+        while start < stop:
+            period, repeats = _longest_repeat(kinds[start:stop])
+            end = start + period * repeats
+            runs.append([list(range(start + m, end, period)) for m in range(period)])
+            start = end
+    return runs
+
+
+def _longest_repeat(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """The period whose repeats, counted from the start, cover the most layers."""
+    best = (1, 1)
+    for period in range(1, len(kinds) // 2 + 1):
+        repeats = 1
+        pattern = kinds[:period]
+        while kinds[repeats * period : (repeats + 1) * period] == pattern:
+            repeats += 1
+        if repeats > 1 and period * repeats > best[0] * best[1]:
+            best = (period, repeats)
+    return best
+
+
+class Stack(nnx.Module):
+    """A family's layers, stacked and scanned, so that compile time stays flat in depth.
+
+    Attributes:
+      blocks: Modules whose parameters have a leading axis over the layers they hold.
+      layers: For each block, the numbers of its layers in the checkpoint.
+      runs: The blocks that are scanned together, in order of execution.
+    """
+
+    def __init__(
+        self,
+        make: Maker,
+        make_block: Callable[[Maker, Any], nnx.Module],
+        kinds: Sequence[Hashable],
+        cuts: Sequence[int] = (),
+    ):
+        plan = plan_stack(kinds, cuts)
+        flat = [layers for run in plan for layers in run]
+        self.blocks = nnx.List(
+            make_block(dataclasses.replace(make, stack=(len(ls),)), kinds[ls[0]])
+            for ls in flat
+        )
+        self.layers = tuple(tuple(layers) for layers in flat)
+        self.runs = tuple(
+            tuple(i for i, layers in enumerate(flat) if layers in run) for run in plan
+        )
+
+    def scan(
+        self,
+        body: Callable[[nnx.Module, Any, jax.Array], Any],
+        carry: Any,
+        remat: Callable[[Callable], Callable] = lambda f: f,
+    ) -> Any:
+        """Runs `carry = body(block, carry, layer)` over all layers, in order.
+
+        Args:
+          body: Applies one layer; `layer` is its number, a traced int32 scalar.
+          carry: Any pytree, of the same shapes in and out.
+          remat: Wraps the body, to choose what the backward pass recomputes.
+        """
+        for run in self.runs:
+            graphdefs, states = zip(
+                *(nnx.split(self.blocks[i]) for i in run), strict=True
+            )
+            numbers = jnp.array([self.layers[i] for i in run], jnp.int32).T
+
+            def step(carry, xs, graphdefs=graphdefs):
+                states, numbers = xs
+                for m, (graphdef, state) in enumerate(
+                    zip(graphdefs, states, strict=True)
+                ):
+                    carry = body(nnx.merge(graphdef, state), carry, numbers[m])
+                return carry, None
+
+            carry, _ = jax.lax.scan(remat(step), carry, (states, numbers))
+        return carry
+
+
+REMAT_POLICIES: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda f: f,
+    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
+    "dots": lambda f: jax.checkpoint(
+        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable
+    ),
+}
