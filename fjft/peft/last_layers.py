@@ -1,0 +1,83 @@
+"""Trains the last layers, and leaves the ones before them as they are.
+
+The stack is cut in two, so that the frozen layers have neither gradients nor moments
+and the backward pass stops where they end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flax import nnx
+
+from fjft import tree
+from fjft.errors import UserError
+from fjft.models.weights import Site
+
+PEFT_TYPE = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+      num_layers: The number of layers to train, counted from the end; the norm after
+        them is trained too.
+    """
+
+    num_layers: int = 1
+
+    def __post_init__(self):
+        if self.num_layers < 1:
+            raise UserError(f"peft.num_layers={self.num_layers} is not positive")
+
+
+def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
+    """Cuts before the first layer that is trained.
+
+    Raises:
+      UserError: The model has fewer layers.
+    """
+    if config.num_layers > num_layers:
+        raise UserError(
+            f"peft.num_layers={config.num_layers} is more than the model's {num_layers}"
+        )
+    return (num_layers - config.num_layers,)
+
+
+def attach(
+    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
+) -> None:
+    """Adds nothing."""
+    del model, sites, config, rngs
+
+
+def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
+    """Parameters of the last layers, and of the norm after them."""
+    names = {name for site in sites if site.stacked for name in site.hf_names}
+    total = 1 + max(_layer_number(name) for name in names)
+    trained = {
+        site.path
+        for site in sites
+        if site.path.startswith("norm.")
+        or (
+            site.stacked
+            and all(
+                _layer_number(name) >= total - config.num_layers
+                for name in site.hf_names
+            )
+        )
+    }
+    return trained.__contains__
+
+
+def _layer_number(hf_name: str) -> int:
+    return next(int(part) for part in hf_name.split(".") if part.isdigit())
+
+
+def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> int:
+    """The number of trained scalars."""
+    trainable = is_trainable(config, sites)
+    shapes = (p.shape for path, p in tree.split(model)[1].items() if trainable(path))
+    return sum(int(np.prod(shape)) for shape in shapes)

@@ -1,0 +1,87 @@
+"""Which modules a config means, by their Hugging Face names."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from fjft.errors import UserError
+from fjft.models.layers import Linear
+from fjft.models.weights import Site
+
+ALL_LINEAR = "all-linear"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftTensor:
+    """A tensor of PEFT's file, and the part of a parameter that it is.
+
+    Attributes:
+      name: The key in `adapter_model.safetensors`.
+      path: The parameter's path in our model.
+      index: The part of it: a layer of a stack, the used rows of a padded matrix.
+    """
+
+    name: str
+    path: str
+    index: tuple[int | slice, ...]
+
+
+def module_at(model: nnx.Module, path: str) -> Any:
+    """The submodule at a dotted path."""
+    for key in path.split("."):
+        model = model[int(key)] if key.isdigit() else getattr(model, key)
+    return model
+
+
+def linear_sites(model: nnx.Module, sites: Iterable[Site]) -> list[Site]:
+    """The sites of all linear maps' weights."""
+    return [
+        site
+        for site in sites
+        if site.path.endswith(".weight")
+        and isinstance(module_at(model, site.module), Linear)
+    ]
+
+
+def matches(pattern: str, name: str) -> bool:
+    r"""Whether a regex means a module: its whole name, or its last parts.
+
+    `q_proj` and `layers\.[0-3]\..*` match `model.layers.0.self_attn.q_proj`, as they
+    do in PEFT as an entry of a list and as a pattern key.
+    """
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def select(pattern: str, names: Sequence[str], option: str) -> set[str]:
+    """The module names that `pattern` means.
+
+    Args:
+      pattern: A regex, or `all-linear` for every name but the output head.
+      names: What could match.
+      option: The config key, for the error.
+
+    Raises:
+      UserError: The regex is broken or matches nothing; lists what could match.
+    """
+    if pattern == ALL_LINEAR:
+        return {name for name in names if name.rpartition(".")[2] != "lm_head"}
+    try:
+        found = {name for name in names if matches(pattern, name)}
+    except re.error as error:
+        raise UserError(f"{option}={pattern!r} is not a regex: {error}") from error
+    if not found:
+        could = sorted({name.rpartition(".")[2] for name in names})
+        raise UserError(
+            f"{option}={pattern!r} matches no module; module names end in {could}, "
+            f"for example {names[0]!r}"
+        )
+    return found
+
+
+def lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that means `name`, else `default`."""
+    return next((v for key, v in patterns.items() if matches(key, name)), default)
