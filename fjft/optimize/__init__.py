@@ -1,0 +1,1 @@
+"""Optimizers and schedules, as numbers of `transformers` and `torch` have them."""
