@@ -1,0 +1,149 @@
+"""PEFT directories: adapters that PEFT reads, and PEFT's adapters read here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fjft import tree
+from fjft.checkpoint.huggingface import Provenance
+from fjft.checkpoint.safetensors import open_safetensors
+from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
+from fjft.errors import UserError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def save_adapter(model: nnx.Module, directory: str | Path) -> None:
+    """Writes a directory that `peft` loads on top of the same base model.
+
+    Raises:
+      UserError: The model carries no adapter that PEFT knows, or there is no space.
+    """
+    provenance: Provenance = model.provenance
+    method, config = provenance.method, provenance.peft_config
+    if method is None or method.PEFT_TYPE is None:
+        raise UserError(
+            "the model carries no adapter; write its weights with save_model"
+        )
+    _, params = tree.split(model)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = []
+    for tensor in method.peft_tensors(model, provenance.sites, config):
+        param = params[tensor.path]
+        shape = jax.eval_shape(lambda x, i=tensor.index: x[i], param).shape
+        tensors.append(
+            OutTensor(
+                tensor.name,
+                np.dtype(param.dtype),
+                shape,
+                lambda p=param, i=tensor.index: np.asarray(jax.device_get(p[i])),
+            )
+        )
+    write_safetensors(directory / WEIGHTS_NAME, tensors)
+    described = {
+        "peft_type": method.PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": provenance.files.source,
+        "inference_mode": True,
+        **method.peft_config(model, provenance.sites, config),
+    }
+    text = json.dumps(described, indent=2, ensure_ascii=False)
+    (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
+
+
+def merge_adapter(model: nnx.Module) -> Any:
+    """A model without adapters whose weights do what weights and adapters did.
+
+    The given model is left as it is. Sums are float32, rounded to the weights' dtype
+    once.
+    """
+    merged = tree.merge(*tree.split(model))
+    for _, module in list(nnx.iter_modules(merged)):
+        adapter = getattr(module, "adapter", None)
+        if adapter is not None:
+            module.weight[...] = _merged(adapter, module.weight[...])
+            module.adapter = nnx.data(None)
+    merged.provenance = dataclasses.replace(
+        model.provenance, method=None, peft_config=None
+    )
+    return merged
+
+
+@jax.jit
+def _merged(adapter: nnx.Module, weight: jax.Array) -> jax.Array:
+    return adapter.merged(weight)
+
+
+def read_adapter_config(directory: str | Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a PEFT directory.
+
+    Raises:
+      UserError: There is none, or it is broken.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} is no PEFT adapter: it has no {CONFIG_NAME}")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); mend it") from error
+
+
+def load_adapter_params(
+    model: nnx.Module,
+    provenance: Provenance,
+    abstract: Mapping[str, Any],
+    shardings: Mapping[str, Any],
+    directory: str | Path,
+) -> tree.Params:
+    """Reads the parameters that a PEFT directory holds.
+
+    Args:
+      model: The model, abstract or not, with the method's adapters attached.
+      provenance: The model's.
+      abstract: Shape and dtype of each parameter.
+      shardings: How each parameter lies on the devices.
+      directory: The PEFT directory.
+
+    Raises:
+      UserError: The tensors are not those of this model's adapter.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} has no {WEIGHTS_NAME}")
+    source = open_safetensors(path)
+    table = provenance.method.peft_tensors(
+        model, provenance.sites, provenance.peft_config
+    )
+    found, wanted = set(source.names), {tensor.name for tensor in table}
+    if found != wanted:
+        first = sorted(found ^ wanted)[0]
+        raise UserError(
+            f"{directory} is an adapter for another model than "
+            f"{provenance.files.source}: {len(found ^ wanted)} tensors differ, the "
+            f"first is {first!r}"
+        )
+    loaded: dict[str, np.ndarray] = {}
+    for tensor in table:
+        shape, dtype = abstract[tensor.path].shape, abstract[tensor.path].dtype
+        if tensor.path not in loaded:
+            loaded[tensor.path] = np.zeros(shape, dtype)
+        part = loaded[tensor.path][tensor.index]
+        if source.shape(tensor.name) != part.shape:
+            raise UserError(
+                f"{directory} is an adapter for another model than "
+                f"{provenance.files.source}: {tensor.name} has shape "
+                f"{source.shape(tensor.name)}, this model needs {part.shape}"
+            )
+        every = tuple(slice(0, n) for n in part.shape)
+        loaded[tensor.path][tensor.index] = source.read(tensor.name, every)
+    return {p: jax.device_put(jnp.asarray(a), shardings[p]) for p, a in loaded.items()}

@@ -1,0 +1,285 @@
+"""Reads GGUF files (llama.cpp's format) under Hugging Face tensor names.
+
+A file is: a header, metadata (config and tokenizer), a table of tensors, their data.
+Quantized tensors come out as float32, a few rows at a time; nothing is memory-mapped.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf.quants
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from fjft.checkpoint.gguf_header import TableRow, read_header, require
+from fjft.checkpoint.safetensors import (
+    Bounds,
+    missing_tensor,
+    read_box,
+    read_exactly,
+    slice_bounds,
+)
+from fjft.errors import UserError
+
+PLAIN_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
+# Small enough that the temporaries of dequantization stay in the cache.
+DEQUANTIZED_BLOCK = 1 << 18  # elements
+
+LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+QWEN3_NAMES = LLAMA_NAMES | {
+    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp stores one architecture.
+
+    Attributes:
+      names: Its tensor names to Hugging Face's, `{}` for the layer; without suffix.
+      permuted: Whether each head's rows of q and k are interleaved (first of the lower
+        half, first of the upper half, second of the lower ...) for its form of RoPE.
+    """
+
+    names: Mapping[str, str]
+    permuted: bool
+
+
+ARCHITECTURES = {
+    "llama": Architecture(LLAMA_NAMES, permuted=True),
+    "qwen2": Architecture(LLAMA_NAMES, permuted=False),
+    "qwen3": Architecture(QWEN3_NAMES, permuted=False),
+}
+
+
+class Stored(NamedTuple):
+    """Where and how one tensor lies.
+
+    `shape` is row-major, `offset` in bytes from the start of the file, `heads` the
+    number of heads whose rows are interleaved (0: none are).
+    """
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    heads: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, in bytes."""
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufSource:
+    """Tensors and metadata of one GGUF file.
+
+    Attributes:
+      path: The file.
+      architecture: A key of `ARCHITECTURES`.
+      metadata: The file's key-values; float32 values as their shortest decimals.
+      tensors: Hugging Face name to place.
+      rope_factors: The divisors of the rotary frequencies (head_dim / 2,), if any.
+    """
+
+    path: Path
+    architecture: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    rope_factors: np.ndarray | None
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor's Hugging Face name."""
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype, float32 for a quantized tensor."""
+        return _dtype(self._stored(name))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads `tensor[index]`; only the rows it needs are read and dequantized.
+
+        Args:
+          name: A tensor's Hugging Face name.
+          index: One slice per axis, each with step 1.
+
+        Returns:
+          A fresh array of `dtype(name)`.
+
+        Raises:
+          UserError: No such tensor, or the file ends too early.
+        """
+        stored = self._stored(name)
+        bounds = slice_bounds(index, stored.shape)
+        if not stored.heads:
+            return _read(self.path, stored, bounds)
+        # Rows move only inside their head: read the heads that the rows lie in.
+        (start, stop), size = bounds[0], stored.shape[0] // stored.heads
+        first, last = start // size, max(start // size, -(-stop // size))
+        box = _read(self.path, stored, ((first * size, last * size), *bounds[1:]))
+        pairs = box.reshape(last - first, size // 2, 2, *box.shape[1:])
+        rows = pairs.swapaxes(1, 2).reshape(box.shape)
+        return rows[start - first * size : stop - first * size]
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self.tensors:
+            raise missing_tensor(name, self.tensors)
+        return self.tensors[name]
+
+
+def open_gguf(path: Path) -> GgufSource:
+    """Opens a GGUF file: reads its metadata and its table of tensors.
+
+    Raises:
+      UserError: Not a GGUF file, cut short, or with an architecture, a tensor or a
+        quantization type that is not read.
+    """
+    metadata, table, data_start = read_header(path)
+    if metadata.get("split.count", 0) > 1:
+        raise UserError(
+            f"{path} is one of {metadata['split.count']} parts; join them with "
+            f"`llama-gguf-split --merge`"
+        )
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"{path} holds architecture {name!r}; from GGUF these are read: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    tensors = {row.name: _place(path, row, data_start) for row in table}
+    ends = [stored.offset + stored.nbytes for stored in tensors.values()]
+    if max(ends, default=0) > path.stat().st_size:
+        raise UserError(
+            f"{path} is cut short: it has {path.stat().st_size:,} bytes and its header "
+            f"promises {max(ends):,}; fetch it again"
+        )
+    # A table of divisors, not a weight: the config says the same in other words.
+    factors = tensors.pop("rope_freqs.weight", None)
+    return GgufSource(
+        path,
+        name,
+        metadata,
+        _rename(path, name, metadata, tensors),
+        factors and _read(path, factors, ((0, factors.shape[0]),)),
+    )
+
+
+def _rename(
+    path: Path, architecture: str, metadata: dict, tensors: dict[str, Stored]
+) -> dict[str, Stored]:
+    known = ARCHITECTURES[architecture]
+    permuted = _head_counts(path, architecture, metadata) if known.permuted else {}
+    renamed = {}
+    for key, stored in tensors.items():
+        stem, _, suffix = key.rpartition(".")
+        number = re.search(r"\d+", stem)
+        pattern = re.sub(r"\d+", "{}", stem)
+        if pattern not in known.names:
+            raise UserError(
+                f"{path} holds a tensor {key!r} that architecture {architecture!r} is "
+                f"not known to have; this variant is not read"
+            )
+        heads = permuted.get(pattern, 0)
+        if heads and stored.shape[0] % (2 * heads):
+            raise UserError(
+                f"{path}: the {stored.shape[0]} rows of {key!r} do not divide into "
+                f"{heads} heads of even size; convert the file again"
+            )
+        name = known.names[pattern].format(number and number.group())
+        renamed[f"{name}.{suffix}"] = stored._replace(heads=heads)
+    return renamed
+
+
+def _head_counts(path: Path, architecture: str, metadata: dict) -> dict[str, int]:
+    heads = require(path, metadata, f"{architecture}.attention.head_count")
+    key = f"{architecture}.attention.head_count_kv"
+    # By the format, absent means one key and value head per query head.
+    kv_heads = require(path, metadata, key) if key in metadata else heads
+    return {"blk.{}.attn_q": heads, "blk.{}.attn_k": kv_heads}
+
+
+def _place(path: Path, row: TableRow, data_start: int) -> Stored:
+    kinds = {int(one): one for one in GGMLQuantizationType}
+    kind = kinds.get(row.kind)
+    if kind is None or not _is_readable(kind):
+        readable = ", ".join(one.name for one in kinds.values() if _is_readable(one))
+        found = f"number {row.kind}" if kind is None else kind.name
+        raise UserError(
+            f"{path}: tensor {row.name!r} has type {found}, which is not read; "
+            f"the types that are: {readable}"
+        )
+    # The format counts axes from the fastest one.
+    return Stored(kind, tuple(reversed(row.dims)), data_start + row.offset, heads=0)
+
+
+def _is_readable(kind: GGMLQuantizationType) -> bool:
+    return kind.name in PLAIN_DTYPES or hasattr(gguf.quants, kind.name)
+
+
+def _dtype(stored: Stored) -> np.dtype:
+    return PLAIN_DTYPES.get(stored.kind.name, np.dtype(np.float32))
+
+
+def _read(path: Path, stored: Stored, bounds: Bounds) -> np.ndarray:
+    box = np.empty([stop - start for start, stop in bounds], _dtype(stored))
+    with open(path, "rb", buffering=0) as file:
+        if stored.kind.name in PLAIN_DTYPES:
+            read_box(file, stored.offset, box, stored.shape, bounds)
+        else:
+            _dequantize(file, stored, box, bounds)
+    return box
+
+
+def _dequantize(
+    file: io.FileIO, stored: Stored, box: np.ndarray, bounds: Bounds
+) -> None:
+    """Fills `box` with `bounds` of a quantized tensor, a block of rows at a time."""
+    if len(stored.shape) != 2:
+        raise UserError(
+            f"{file.name}: a quantized tensor of shape {stored.shape} is not read; "
+            f"only matrices are"
+        )
+    quant = getattr(gguf.quants, stored.kind.name)
+    quant.init_grid()
+    rows, columns = stored.shape
+    row_bytes = stored.nbytes // rows
+    (start, stop), cut = bounds[0], slice(*bounds[1])
+    block = max(1, DEQUANTIZED_BLOCK // columns)
+    packed = np.empty((min(block, stop - start), row_bytes), np.uint8)
+    for row in range(start, stop, block):
+        some = packed[: min(block, stop - row)]
+        read_exactly(file, stored.offset + row * row_bytes, some)
+        box[row - start : row - start + len(some)] = quant.dequantize_rows(some)[:, cut]

@@ -1,0 +1,199 @@
+"""Training checkpoints: what changed, where to go on, and what it was built on.
+
+The frozen base is not saved but named, with a digest of its values, so a LoRA
+checkpoint has megabytes. Orbax writes in the background and renames when all is on
+disk, so a kill leaves the earlier checkpoints whole.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fjft import tree
+from fjft.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Where and how often a run is saved.
+
+    Attributes:
+      directory: All that a run writes goes there.
+      save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
+      save_total_limit: Checkpoints kept, counted from the last; the one with the
+        lowest `eval_loss` is kept besides.
+      resume: Goes on from the last checkpoint in `directory`, if there is one.
+    """
+
+    directory: str
+    save_steps: int = 0
+    save_total_limit: int = 2
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.save_steps < 0 or self.save_total_limit < 1:
+            raise UserError(
+                f"checkpoint.save_steps={self.save_steps} must not be negative and "
+                f"checkpoint.save_total_limit={self.save_total_limit} at least 1"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one run, by optimizer step."""
+
+    def __init__(self, config: Config):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import (
+            AnyPreservationPolicy,
+            BestN,
+            LatestN,
+        )
+
+        self._directory = (Path(config.directory) / "checkpoints").absolute()
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policy = AnyPreservationPolicy([LatestN(config.save_total_limit), best])
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    cleanup_tmp_directories=True,
+                ),
+                item_names=("state", "progress"),
+            )
+        except OSError as error:
+            raise _write_error(self._directory, error) from error
+
+    @property
+    def latest(self) -> int | None:
+        """The last step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        progress: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; returns when the values are copied, not when on disk.
+
+        Args:
+          step: Optimizer steps done.
+          state: A pytree of arrays.
+          progress: What JSON can hold: the data's position, the base's digest.
+          metrics: `eval_loss`, if it was measured at this step.
+
+        Raises:
+          UserError: There is no space for this checkpoint or the one before.
+        """
+        import orbax.checkpoint as ocp
+
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave(dict(progress)),
+        )
+        try:
+            self._manager.save(step, args=args, metrics=metrics)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _write_error(self._directory, error) from error
+
+    def restore_progress(self, step: int) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        import orbax.checkpoint as ocp
+
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["progress"]
+
+    def restore(self, step: int, state: Any) -> Any:
+        """The arrays of a checkpoint, laid out as `state` is, on any mesh.
+
+        Raises:
+          UserError: The checkpoint holds other parameters.
+        """
+        import orbax.checkpoint as ocp
+
+        def as_abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+        abstract = jax.tree.map(as_abstract, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(step, args=args)["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{self._directory / str(step)} does not fit this config's model, "
+                f"method and optimizer ({first}); resume with the same ones, or name "
+                "another checkpoint.directory"
+            ) from error
+
+    def wait(self) -> None:
+        """Waits until all is on disk.
+
+        Raises:
+          UserError: It could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _write_error(self._directory, error) from error
+
+    def close(self) -> None:
+        """Waits, and frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+
+def _write_error(directory: Path, error: Exception) -> Exception:
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        return UserError(
+            f"no space left to save a checkpoint in {directory}; the earlier ones are "
+            "whole: free some space and go on with --resume"
+        )
+    if isinstance(error, OSError):
+        return UserError(f"cannot write checkpoints to {directory}: {error}")
+    return error
+
+
+def digest(params: tree.Params) -> str:
+    """A fingerprint of parameters' values, equal on every mesh.
+
+    Each value's bits are weighted by its place and summed modulo 2**32 where they lie;
+    only the sums leave the devices.
+    """
+    sums = {path: _bit_sum(value) for path, value in params.items()}
+    lines = {
+        path: [str(params[path].dtype), params[path].shape, int(total)]
+        for path, total in jax.device_get(sums).items()
+    }
+    text = json.dumps(lines, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _bit_sum(value: jax.Array) -> jax.Array:
+    width = np.dtype(value.dtype).itemsize * 8
+    unsigned = jnp.dtype(f"uint{width}")
+    bits = jax.lax.bitcast_convert_type(value, unsigned).astype(jnp.uint32)
+    weights = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        weights = weights * np.uint32(size) + place
+    # An odd weight is invertible, so every single changed bit changes the sum.
+    return jnp.sum(bits * (2 * weights + 1), dtype=jnp.uint32)
