@@ -1,0 +1,444 @@
+"""Training, from the first note to the last file. Read it top to bottom."""
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from fjft import sharding, tree
+from fjft.build import Experiment, build_experiment
+from fjft.checkpoint.adapter import save_adapter
+from fjft.checkpoint.huggingface import save_model
+from fjft.checkpoint.orbax import Checkpoints, digest
+from fjft.checkpoint.source import open_model
+from fjft.data.dataset import load_examples
+from fjft.data.tokenize import show_example
+from fjft.errors import UserError
+from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
+from fjft.telemetry_plot import draw_curve
+from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
+from fjft.train.run import Run, build_run
+from fjft.train.state import TrainState
+from fjft.train.step import StepMetrics
+
+# Shorter compilations are those of single operations.
+_COMPILE_WORTH_A_LINE = 0.5  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a training run leaves.
+
+    Attributes:
+      metrics: The last value of every metric, and `eval_loss_before`.
+      directory: Config, log, curve, checkpoints, and the adapter or the model.
+      model: The trained model.
+    """
+
+    metrics: dict[str, float]
+    directory: Path
+    model: Any
+
+
+def train(config: ml_collections.ConfigDict) -> Result:
+    """Trains as `config` says.
+
+    Writes into `checkpoint.directory`: `config.json`, `log.jsonl`, `loss.png`,
+    `checkpoints/`, and at the end `adapter/` (a PEFT directory) or `model/` (a Hugging
+    Face one).
+
+    Args:
+      config: A config, see `load_config`.
+
+    Raises:
+      UserError: The config, the data, the model or the disk will not do, or the loss
+        is no longer a number.
+    """
+    experiment = build_experiment(config)
+    directory = Path(experiment.checkpoint.directory)
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_batch(
+        experiment.train.batch_size, experiment.train.accumulation_steps, mesh
+    )
+    screen = Screen(show=jax.process_index() == 0)
+    watcher = CompileWatcher()
+    screen.say(_describe_devices(mesh))
+
+    files = open_model(experiment.model.source, experiment.model.revision)
+    tokenizer = files.load_tokenizer()
+    rows, held_out, report = load_examples(
+        experiment.data, tokenizer, experiment.train.seed
+    )
+    for line in report.describe():
+        screen.say(line)
+    for warning in report.warnings():
+        screen.warn(warning)
+    example = show_example(tokenizer, *rows.examples[0])
+    screen.say(f"an example, trained parts marked:\n{example}")
+
+    with jax.set_mesh(mesh):
+        run, state = build_run(experiment, mesh, files, rows, held_out)
+        screen.say(_describe_model(run, state))
+        base = {"source": files.source, "digest": digest(run.frozen)}
+        checkpoints = Checkpoints(experiment.checkpoint)
+        progress = Progress()
+        if experiment.checkpoint.resume and checkpoints.latest is not None:
+            state, progress = _resume(checkpoints, run, state, base)
+            screen.say(f"resumed at step {progress.step}")
+        elif checkpoints.latest is not None:
+            raise UserError(
+                f"{directory} holds a run up to step {checkpoints.latest}; go on with "
+                "it by --resume, or name another checkpoint.directory"
+            )
+        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
+        (directory / "config.json").write_text(text + "\n", "utf-8")
+        writers = make_writers(
+            directory,
+            experiment.train.report_to,
+            resume_step=progress.step if progress.step else None,
+            config=config.to_dict(),
+            is_main_process=jax.process_index() == 0,
+        )
+        loop = Loop(
+            experiment, run, screen, writers, watcher, checkpoints, base, tokenizer
+        )
+        try:
+            state, metrics = loop.run_all(state, progress)
+        finally:
+            screen.stop()
+            writers.close()
+            watcher.close()
+            checkpoints.close()
+        model = run.model(state)
+        _write_results(experiment, model, directory, screen)
+    return Result(metrics, directory, model)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, besides its arrays.
+
+    Attributes:
+      step: Optimizer steps done and found good.
+      num_tokens: Tokens seen, padding not counted.
+      eval_loss_before: `eval_loss` before the first step.
+      loss_sum: Of the steps since the last log line; so the next three.
+      weight_sum: Trained tokens.
+      correct_sum: Tokens predicted right.
+      grad_norm: The last step's.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    eval_loss_before: float | None = None
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    correct_sum: float = 0.0
+    grad_norm: float = 0.0
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Counts one more step."""
+        self.step += 1
+        self.num_tokens += int(metrics.num_tokens)
+        self.loss_sum += float(metrics.loss_sum)
+        self.weight_sum += float(metrics.weight_sum)
+        self.correct_sum += float(metrics.correct_sum)
+        self.grad_norm = float(metrics.grad_norm)
+
+    def take_window(self) -> dict[str, float]:
+        """The means since the last call."""
+        weight = max(self.weight_sum, 1.0)
+        window = {
+            "loss": self.loss_sum / weight,
+            "grad_norm": self.grad_norm,
+            "mean_token_accuracy": self.correct_sum / weight,
+            "num_tokens": self.num_tokens,
+        }
+        self.loss_sum = self.weight_sum = self.correct_sum = 0.0
+        return window
+
+
+class Loop:
+    """The loop itself, and what it writes to.
+
+    Attributes:
+      last: The last value of every metric.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Run,
+        screen: Screen,
+        writers: Writers,
+        watcher: CompileWatcher,
+        checkpoints: Checkpoints,
+        base: Mapping[str, str],
+        tokenizer: Any,
+    ):
+        self.last: dict[str, float] = {}
+        self._experiment = experiment
+        self._run = run
+        self._screen = screen
+        self._writers = writers
+        self._watcher = watcher
+        self._checkpoints = checkpoints
+        self._base = base
+        self._tokenizer = tokenizer
+        peak = peak_flops(run.mesh.devices.flat[0].device_kind)
+        self._meter = SpeedMeter(
+            run.flops_per_token, peak and peak * run.mesh.devices.size
+        )
+        # Seconds since the meter was read in which nothing was trained.
+        self._lost_seconds = 0.0
+
+    def run_all(
+        self, state: TrainState, progress: Progress
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Judges, trains, and judges again."""
+        if progress.step == 0:
+            progress.eval_loss_before = self._evaluate(state, progress).get("eval_loss")
+            self._answer(state, "before")
+        if progress.step >= self._run.total_steps:
+            self._screen.say(f"all {self._run.total_steps} steps are done already")
+            self._evaluate(state, progress)
+        state = self._train(state, progress)
+        self._answer(state, "after")
+        before, after = progress.eval_loss_before, self.last.get("eval_loss")
+        if before is not None and after is not None:
+            self.last["eval_loss_before"] = before
+            self._screen.say(f"eval_loss {before:.4f} before, {after:.4f} after")
+        self._screen.say(
+            f"{self._watcher.count} compilations, {self._watcher.seconds:.1f} s in all"
+        )
+        return state, self.last
+
+    def _train(self, state: TrainState, progress: Progress) -> TrainState:
+        """Takes all steps.
+
+        A step's numbers are read while the next one runs. Nothing is saved before
+        the numbers of all its steps have been found good.
+        """
+        run, batches = self._run, self._run.batches()
+        self._screen.start(run.total_steps, progress.step)
+        self._meter.read()
+        pending: StepMetrics | None = None
+        with _StopRequest() as stop:
+            for number in range(progress.step + 1, run.total_steps + 1):
+                state, metrics = run.train_step(state, run.frozen, next(batches))
+                if pending is not None:
+                    self._settle(pending, progress)
+                pending = metrics
+                if self._is_pause(number) or stop.is_set:
+                    self._settle(pending, progress)
+                    pending = None
+                    self._pause(state, progress, stop.is_set)
+        self._screen.stop()
+        return state
+
+    def _settle(self, metrics: StepMetrics, progress: Progress) -> None:
+        """Waits for a step's numbers, checks them and logs them."""
+        metrics = jax.device_get(metrics)
+        step = progress.step + 1
+        if not metrics.is_finite or not metrics.weight_sum:
+            raise UserError(self._explain_bad_step(step, metrics))
+        progress.add(metrics)
+        self._meter.add(int(metrics.num_tokens))
+        for compiled in self._watcher.drain(_COMPILE_WORTH_A_LINE):
+            self._screen.say(f"compiled {compiled.name} in {compiled.seconds:.1f} s")
+            self._lost_seconds += compiled.seconds
+        log_steps = self._experiment.train.log_steps
+        if step % log_steps and step != self._run.total_steps:
+            self._screen.update(step)
+            return
+        speed = self._meter.read(self._lost_seconds)
+        self._lost_seconds = 0.0
+        row = progress.take_window() | {
+            # The rate that this step was taken with.
+            "learning_rate": float(self._run.schedule(step - 1)),
+            "epoch": step / self._run.loader.batches_per_epoch,
+            "tokens_per_second": speed.tokens_per_second,
+        }
+        if speed.mfu is not None:
+            row["mfu"] = speed.mfu
+        self._log(step, row)
+        self._screen.update(step, row["loss"], speed.tokens_per_second)
+
+    def _explain_bad_step(self, step: int, metrics: StepMetrics) -> str:
+        rows = self._run.loader.choose_rows(step - 1).tolist()
+        where = f"step {step}, batch {step - 1} (rows {rows})"
+        if not metrics.weight_sum:
+            return f"{where} trains no token at all; look at its rows' labels"
+        saved = self._checkpoints.latest
+        kept = f"checkpoint {saved} is good" if saved else "nothing was saved"
+        rate = float(self._run.schedule(step - 1))
+        return (
+            f"{where}: loss {metrics.loss_sum / metrics.weight_sum:g}, gradient norm "
+            f"{metrics.grad_norm:g}; the step was not applied, {kept}: lower "
+            f"optimizer.learning_rate (now {rate:g}) or look at these rows"
+        )
+
+    def _is_pause(self, step: int) -> bool:
+        """Whether something is evaluated or saved after this step."""
+        return (
+            step == self._run.total_steps
+            or _is_multiple(step, self._experiment.checkpoint.save_steps)
+            or _is_multiple(step, self._experiment.evaluate.eval_steps)
+        )
+
+    def _pause(self, state: TrainState, progress: Progress, must_stop: bool) -> None:
+        """Evaluates and saves, where it is time to."""
+        e, step = self._experiment, progress.step
+        started = time.perf_counter()
+        is_last = step == self._run.total_steps
+        judged = {}
+        if (is_last or _is_multiple(step, e.evaluate.eval_steps)) and not must_stop:
+            judged = self._evaluate(state, progress)
+        if is_last or must_stop or _is_multiple(step, e.checkpoint.save_steps):
+            self._save(state, progress, judged)
+        if must_stop:
+            self._checkpoints.wait()
+            raise UserError(f"stopped at step {step}, which is saved; use --resume")
+        self._lost_seconds += time.perf_counter() - started
+
+    def _save(
+        self, state: TrainState, progress: Progress, judged: Mapping[str, float]
+    ) -> None:
+        self._checkpoints.save(
+            progress.step,
+            _as_saved(state),
+            {
+                "progress": dataclasses.asdict(progress),
+                "data": self._run.loader.state() | {"served": progress.step},
+                "base": dict(self._base),
+            },
+            {"eval_loss": judged["eval_loss"]} if judged else None,
+        )
+
+    def _evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
+        judged = self._run.evaluate(state)
+        if judged:
+            self._log(progress.step, judged)
+            accuracy = judged["eval_mean_token_accuracy"]
+            self._screen.say(
+                f"step {progress.step}: eval_loss {judged['eval_loss']:.4f}, "
+                f"perplexity {judged['eval_perplexity']:.2f}, "
+                f"token accuracy {accuracy:.1%}"
+            )
+        return judged
+
+    def _answer(self, state: TrainState, when: str) -> None:
+        """Shows what the model says to the config's prompt."""
+        asked = self._experiment.evaluate
+        if not asked.prompt:
+            return
+        from fjft.generate.decode import generate
+
+        has_template = self._tokenizer.chat_template is not None
+        chat = [{"role": "user", "content": asked.prompt}]
+        answer = generate(
+            self._run.model(state),
+            self._tokenizer,
+            [chat if has_template else asked.prompt],
+            max_new_tokens=asked.max_new_tokens,
+        )[0]
+        self._screen.say(f"{when} training\n  > {asked.prompt}\n  {answer.strip()}")
+
+    def _log(self, step: int, row: Mapping[str, float]) -> None:
+        self._writers.write(step, row)
+        self.last |= row
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _StopRequest:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after this step.
+
+    Cloud machines send SIGTERM some seconds before they are taken away.
+    """
+
+    def __init__(self):
+        self.is_set = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        del frame
+        self.is_set = True
+        signal.signal(number, self._old[number])  # A second one is not held back.
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _as_saved(state: TrainState) -> dict[str, Any]:
+    """Orbax knows dictionaries and optax's tuples, not our dataclass."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _resume(
+    checkpoints: Checkpoints, run: Run, state: TrainState, base: Mapping[str, str]
+) -> tuple[TrainState, Progress]:
+    """Goes back to the last checkpoint: arrays, data order and log.
+
+    Raises:
+      UserError: It was made from another base model, or does not fit this config.
+    """
+    step = checkpoints.latest
+    assert step is not None
+    saved = checkpoints.restore_progress(step)
+    if saved["base"]["digest"] != base["digest"]:
+        raise UserError(
+            f"checkpoint {step} was trained on top of {saved['base']['source']} with "
+            f"digest {saved['base']['digest']}, this base is {base['source']} with "
+            f"digest {base['digest']}; resume with the same model"
+        )
+    run.loader.restore(saved["data"])
+    state = TrainState(**checkpoints.restore(step, _as_saved(state)))
+    return state, Progress(**saved["progress"])
+
+
+def _describe_devices(mesh: jax.sharding.Mesh) -> str:
+    kind = mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} x {kind}, mesh {axes}"
+
+
+def _describe_model(run: Run, state: TrainState) -> str:
+    trained, held = tree.count(state.params), tree.count(run.frozen)
+    share = run.num_trainable / (trained + held)
+    gib = tree.num_bytes((run.frozen, state)) / 2**30
+    return (
+        f"{run.num_trainable:,} of {trained + held:,} parameters are trained "
+        f"({share:.2%}); weights and optimizer {gib:.2f} GiB; {run.total_steps} steps"
+    )
+
+
+def _write_results(
+    experiment: Experiment, model: Any, directory: Path, screen: Screen
+) -> None:
+    """The curve, and the adapter or the weights."""
+    if jax.process_index() == 0:
+        draw_curve(directory / LOG_NAME, directory / "loss.png")
+    if experiment.method.PEFT_TYPE is None:
+        out = directory / "model"
+        save_model(model, out, jax.numpy.dtype(experiment.model.dtype))
+    else:
+        out = directory / "adapter"
+        save_adapter(model, out)
+    screen.say(f"wrote {out} and {directory / 'loss.png'}")

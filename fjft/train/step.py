@@ -1,0 +1,147 @@
+"""The optimizer step: a pure function of pytrees."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fjft import tree
+from fjft.optimize.optimizer import apply_updates, clip_by_global_norm
+from fjft.sharding import constrain
+from fjft.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+# (model, batch, rng) -> sums with `loss`, `weight`, `correct`; rng None is evaluation.
+Loss = Callable[[Any, Batch, jax.Array | None], Any]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; float32 scalars.
+
+    Attributes:
+      loss_sum: Summed loss, in nats.
+      weight_sum: Number of trained tokens.
+      correct_sum: Number of them whose target had the largest logit.
+      num_tokens: Tokens that are not padding.
+      grad_norm: Global norm of the mean loss's gradient, before clipping.
+      is_finite: Whether loss and gradient were; if not, nothing was updated.
+    """
+
+    loss_sum: jax.Array
+    weight_sum: jax.Array
+    correct_sum: jax.Array
+    num_tokens: jax.Array
+    grad_norm: jax.Array
+    is_finite: jax.Array
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation_steps: int,
+    max_grad_norm: float,
+) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, StepMetrics]]:
+    """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted.
+
+    The batch is cut into microbatches whose losses, token counts and gradients are
+    summed in float32 and divided once, so the cut does not change the result. The
+    frozen weights are only read: returned, they would be copied.
+
+    Args:
+      graphdef: The model's structure.
+      loss: The objective.
+      optimizer: What turns gradients into updates; its state is in the train state.
+      accumulation_steps: Microbatches a batch.
+      max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them.
+    """
+    gradient = jax.value_and_grad(
+        lambda params, frozen, batch, rng: _with_sums(
+            loss(tree.merge(graphdef, frozen, params), batch, rng)
+        ),
+        has_aux=True,
+    )
+
+    def step(
+        state: TrainState, frozen: tree.Params, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def microstep(number: jax.Array, microbatch: Batch) -> tuple[Any, tree.Params]:
+            key = jax.random.fold_in(rng, number)
+            (_, sums), grads = gradient(state.params, frozen, microbatch, key)
+            return sums, grads
+
+        sums, grads = _sum_over(microstep, batch, accumulation_steps)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+        grads, grad_norm = clip_by_global_norm(grads, max_grad_norm)
+        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = apply_updates(state.params, updates), opt_state
+        # A step that went wrong leaves no trace in what will be saved.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            new,
+            (state.params, state.opt_state),
+        )
+        metrics = StepMetrics(
+            loss_sum=sums.loss,
+            weight_sum=sums.weight,
+            correct_sum=sums.correct,
+            num_tokens=jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
+            grad_norm=grad_norm,
+            is_finite=is_finite,
+        )
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    return step
+
+
+def _with_sums(sums: Any) -> tuple[jax.Array, Any]:
+    return sums.loss, sums
+
+
+def _sum_over(microstep: Callable, batch: Batch, num_parts: int) -> Any:
+    """Sums `microstep(number, microbatch)` over equal parts of a batch.
+
+    Microbatch m is every row whose number is m modulo `num_parts`, so each has rows of
+    every device and none has to move.
+    """
+    if num_parts == 1:
+        return microstep(jnp.int32(0), batch)
+
+    def cut(x: jax.Array) -> jax.Array:
+        parts = x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+
+    def add(totals: Any, xs: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, totals, microstep(*xs)), None
+
+    numbers, parts = jnp.arange(num_parts, dtype=jnp.int32), jax.tree.map(cut, batch)
+    first = numbers[0], jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(microstep, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (numbers, parts))[0]
+
+
+def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
+    """Compiles a train step: donates the state, and lays the new one out as the old."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, loss: Loss
+) -> Callable[[tree.Params, tree.Params, Batch], Any]:
+    """Makes `(params, frozen, batch) -> sums`, without anything random in it."""
+
+    def step(params: tree.Params, frozen: tree.Params, batch: Batch) -> Any:
+        return loss(tree.merge(graphdef, frozen, params), batch, None)
+
+    return step
