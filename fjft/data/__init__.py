@@ -1,0 +1,19 @@
+"""Text in, batches out.
+
+Rows flow through one file per stage, in this order:
+
+    sources    `files`, packages and Hugging Face datasets -> rows with file and line
+    templates  a row -> a chat, a prompt/completion pair or plain text
+    turns      where the assistant's turns lie in a rendered chat (see `skeleton`)
+    tokenize   -> token ids, and labels that are -100 where nothing is learned
+    examples   ids and labels, spooled to disk
+    pack       examples -> rows of fixed length with segment ids
+    loader     rows -> this process's part of each global batch
+
+`dataset.load_examples` runs the stages up to packing; `report` says what became of
+every row.
+"""
+
+from fjft.data.config import Config
+
+__all__ = ["Config"]

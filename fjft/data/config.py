@@ -1,0 +1,76 @@
+"""The data section of a config."""
+
+import dataclasses
+
+from fjft.errors import UserError
+
+TRAIN_ON = ("assistant", "last", "all")
+TRUNCATION = ("drop", "truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is read, and what is learned from it.
+
+    Attributes:
+      train: Training data: one source or several (a tuple, or separated by commas).
+        A source is a local file, directory or glob; `package:NAME/path-or-glob`; or a
+        Hugging Face dataset as `id`, `id:split` or `id:config:split`, where
+        `split[:1000]` takes the first 1000 rows.
+      eval: Held-out data, written like `train`. A Hugging Face dataset without a
+        split means `test` here and `train` there.
+      eval_size: When `eval` is empty, how much of `train` is held out: a fraction if
+        below 1, otherwise a number of examples. Which rows are held out depends on
+        the seed and the row's number only.
+      max_length: Tokens in the longest example, and in every packed row.
+      packing: Fill rows of `max_length` with several examples each. Otherwise one
+        example a row, padded to the smallest bucket that fits the whole batch.
+      buckets: Lengths in tokens to pad to without packing, increasing. Empty chooses
+        up to four: an eighth, a quarter, a half and all of `max_length`.
+      train_on: Of a chat, learn `assistant` (every assistant turn), `last` (only the
+        last one) or `all` (every token). Of a prompt/completion pair the first two
+        learn the completion. Of plain text everything is learned.
+      truncation: What happens to examples longer than `max_length`: `drop`, or
+        `truncate` to their first `max_length` tokens. Both are counted.
+      chat_template: A Jinja file used instead of the tokenizer's chat template.
+      shuffle: New order in every epoch, chosen by the seed; otherwise as read.
+      strict: The first row that cannot be used is an error.
+    """
+
+    train: str | tuple[str, ...] = ()
+    eval: str | tuple[str, ...] = ()
+    eval_size: float = 0.0
+    max_length: int = 1024
+    packing: bool = True
+    buckets: tuple[int, ...] = ()
+    train_on: str = "assistant"
+    truncation: str = "drop"
+    chat_template: str = ""
+    shuffle: bool = True
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.train_on not in TRAIN_ON:
+            raise UserError(
+                f"data.train_on is {self.train_on!r}; use one of {', '.join(TRAIN_ON)}"
+            )
+        if self.truncation not in TRUNCATION:
+            raise UserError(
+                f"data.truncation is {self.truncation!r}; "
+                f"use one of {', '.join(TRUNCATION)}"
+            )
+        if self.max_length < 2:
+            raise UserError(
+                f"data.max_length is {self.max_length}; it takes at least 2 tokens "
+                "to predict one"
+            )
+        if self.eval_size < 0 or (self.eval_size > 1 and self.eval_size % 1):
+            raise UserError(
+                f"data.eval_size is {self.eval_size}; use a fraction below 1 or a "
+                "whole number of examples"
+            )
+        object.__setattr__(self, "buckets", tuple(self.buckets))
+        if any(a >= b for a, b in zip((0, *self.buckets), self.buckets, strict=False)):
+            raise UserError(
+                f"data.buckets is {self.buckets}; use increasing lengths in tokens"
+            )

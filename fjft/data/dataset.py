@@ -1,0 +1,189 @@
+"""From a config to rows ready to serve: the stages, one after the other."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fjft.data.config import Config
+from fjft.data.examples import Examples, Spool
+from fjft.data.files import Row
+from fjft.data.pack import Rows
+from fjft.data.report import Report
+from fjft.data.sources import list_specs, read_rows
+from fjft.data.templates import MalformedError, Sample, read_sample
+from fjft.data.tokenize import Encoder, Example
+from fjft.errors import UserError
+
+# Rows rendered and tokenized together: enough to keep the tokenizer's threads busy.
+_ROWS_AT_ONCE = 1024
+
+
+def load_examples(
+    config: Config, tokenizer: Any, seed: int = 0
+) -> tuple[Rows, Rows, Report]:
+    """Reads, tokenizes and packs the training and the evaluation data.
+
+    Args:
+      config: The data section.
+      tokenizer: A fast Hugging Face tokenizer. If `config.chat_template` is set, its
+        `chat_template` is replaced, so that it is saved and generates with the same.
+      seed: Chooses which examples `config.eval_size` holds out.
+
+    Returns:
+      Rows for training, rows for evaluation (empty if there are none) and the account
+      of what was read.
+
+    Raises:
+      UserError: A source cannot be read, nothing is left to train on, or `strict` is
+        set and a row cannot be used.
+    """
+    if config.chat_template:
+        tokenizer.chat_template = _read_template(config.chat_template)
+    if not list_specs(config.train):
+        raise UserError("data.train is empty; name a file, a package or a dataset")
+    examples, report = read_examples(config, tokenizer, "train")
+    if list_specs(config.eval):
+        held_out, report.eval = read_examples(config, tokenizer, "eval")
+    else:
+        examples, held_out = hold_out(examples, config.eval_size, seed)
+        report.held_out = len(held_out)
+    train, evaluation = Rows(examples, config), Rows(held_out, config)
+    for rows, part in ((train, report), (evaluation, report.eval)):
+        if part is not None:
+            part.packed_rows = 0 if rows.bins is None else len(rows)
+            part.efficiency = rows.efficiency
+    return train, evaluation, report
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"data.chat_template: cannot read {path!r}: {error.strerror}; name a file "
+            "that holds a Jinja template"
+        ) from error
+
+
+def read_examples(
+    config: Config, tokenizer: Any, name: str = "train"
+) -> tuple[Examples, Report]:
+    """Reads and tokenizes one of the config's sources.
+
+    Args:
+      config: The data section.
+      tokenizer: A fast Hugging Face tokenizer.
+      name: Which source, `train` or `eval`.
+
+    Raises:
+      UserError: As `load_examples`.
+    """
+    sources: str | Sequence[str] = getattr(config, name)
+    report = Report(name, strict=config.strict)
+    encoder = Encoder(tokenizer, config)
+    spool = Spool()
+    rows = read_rows(sources, split="test" if name == "eval" else "train")
+    while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        first = report.rows_read
+        results = _encode_rows(chunk, encoder, report)
+        kept, numbers = [], []
+        for number, (row, result) in enumerate(
+            zip(chunk, results, strict=True), start=first
+        ):
+            report.rows_read += 1
+            if isinstance(result, MalformedError):
+                report.reject(row.place, result.reason, result.detail)
+            else:
+                kept.append((result.input_ids, result.labels))
+                numbers.append(number)
+                _count(report, result)
+        spool.add(kept, numbers)
+    examples = spool.finish()
+    report.supervised_tokens = int(examples.supervised.sum(dtype=np.int64))
+    if not len(examples):
+        raise UserError(_explain_empty(report, sources))
+    return examples, report
+
+
+def _encode_rows(
+    rows: list[Row], encoder: Encoder, report: Report
+) -> list[Example | MalformedError]:
+    """Encodes what can be; in order, with the reason in place of what cannot."""
+    read: list[Sample | MalformedError] = []
+    for row in rows:
+        if row.error is not None:
+            read.append(MalformedError(row.error))
+            continue
+        try:
+            name, sample = read_sample(row.values, encoder.has_template)
+            report.formats[name] += 1
+            read.append(sample)
+        except MalformedError as error:
+            read.append(error)
+    samples = [s for s in read if not isinstance(s, MalformedError)]
+    encoded = iter(encoder.encode(samples))
+    return [s if isinstance(s, MalformedError) else next(encoded) for s in read]
+
+
+def _count(report: Report, example: Example) -> None:
+    report.examples += 1
+    report.truncated += example.is_truncated
+    report.tokens += len(example.input_ids)
+    report.longest = max(report.longest, len(example.input_ids))
+    report.end_tokens.update(example.end_tokens)
+
+
+def _explain_empty(report: Report, sources: str | Sequence[str]) -> str:
+    """One sentence on why nothing is left."""
+    named = ", ".join(list_specs(sources))
+    if not report.rows_read:
+        return f"data.{report.name}: {named} holds no rows; name data that has some"
+    reason, worst = max(report.rejected.items(), key=lambda item: item[1].count)
+    return (
+        f"data.{report.name}: none of the {report.rows_read:,} rows of {named} can be "
+        f"used; {worst.count:,} of them: {reason} (first: {worst.places[0]})"
+    )
+
+
+def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
+    """Divides examples into those to train on and those held out, both in order.
+
+    Each source row draws a number that depends on the seed and the row's place only,
+    so a change of tokenizer or `max_length` does not move rows across.
+
+    Args:
+      examples: All examples.
+      size: Fraction held out if below 1, otherwise how many examples.
+      seed: Chooses which.
+
+    Raises:
+      UserError: Nothing would be left to train on, or nothing is held out.
+    """
+    draws = _draw(examples.row_numbers, seed)
+    if size < 1:
+        is_held_out = draws < size
+    else:
+        is_held_out = np.zeros(len(examples), bool)
+        is_held_out[np.argsort(draws, kind="stable")[: int(size)]] = True
+    count = int(is_held_out.sum())
+    if count == len(examples) or (size > 0 and count == 0):
+        raise UserError(
+            f"data.eval_size = {size:g} holds out {count} of {len(examples)} examples;"
+            f" use a number of examples from 1 to {len(examples) - 1}"
+        )
+    indices = np.arange(len(examples))
+    return examples.take(indices[~is_held_out]), examples.take(indices[is_held_out])
+
+
+def _draw(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """A float64 in [0, 1) for each row number: splitmix64 of the number and seed."""
+    mixed = numbers.astype(np.uint64)
+    offset = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    mixed = (mixed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + offset
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return (mixed >> np.uint64(11)) * 2.0**-53

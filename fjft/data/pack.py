@@ -1,0 +1,196 @@
+"""Examples to rows of fixed length.
+
+    lengths [5, 3, 2, 4], capacity 8  ->  bins [[0, 1], [3, 2]]
+
+    input_ids    a a a a a b b b      d d d d c c 0 0
+    positions    0 1 2 3 4 0 1 2      0 1 2 3 0 1 0 0
+    segment_ids  1 1 1 1 1 2 2 2      1 1 1 1 2 2 0 0
+
+An example is never split, and padding is segment 0: no token id stands for it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fjft.data.config import Config
+from fjft.data.examples import IGNORED, Examples
+from fjft.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Which examples share a row.
+
+    Attributes:
+      order: int64 [n], example indices, bin after bin.
+      starts: int64 [bins + 1]: bin i is `order[starts[i]:starts[i + 1]]`.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.order[self.starts[index] : self.starts[index + 1]]
+
+
+def pack_best_fit(lengths: np.ndarray, capacity: int) -> Bins:
+    """Packs by best fit decreasing ("Fewer Truncations", arXiv 2404.10830).
+
+    Longest first, each example goes into the fullest bin that still holds it. Free
+    space is a whole number up to `capacity`, so which spaces exist is one big integer
+    with a bit for each, and the best fit is the lowest bit from the length upwards.
+
+    Args:
+      lengths: [n] whole numbers, 1 to `capacity`.
+      capacity: Tokens in a bin.
+
+    Returns:
+      Bins that hold every example exactly once; the same for the same lengths.
+
+    Raises:
+      ValueError: A length is out of range.
+    """
+    lengths = np.asarray(lengths)
+    if lengths.size and not 0 < lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(
+            f"lengths from {lengths.min()} to {lengths.max()} do not lie between 1 "
+            f"and the capacity {capacity}"
+        )
+    by_length = np.argsort(-lengths, kind="stable")
+    bin_of = np.empty(len(lengths), np.int64)
+    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
+    bins = 0
+    for example, length in zip(
+        by_length.tolist(), lengths[by_length].tolist(), strict=True
+    ):
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            chosen = with_space[space].pop()
+            if not with_space[space]:
+                spaces ^= 1 << space
+        else:
+            space, chosen = capacity, bins
+            bins += 1
+        bin_of[example] = chosen
+        rest = space - length
+        if rest:
+            with_space[rest].append(chosen)
+            spaces |= 1 << rest
+    order = by_length[np.argsort(bin_of[by_length], kind="stable")]
+    counts = np.bincount(bin_of, minlength=bins) if bins else np.zeros(0, np.int64)
+    return Bins(order, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def choose_buckets(max_length: int, longest: int, buckets: Sequence[int]) -> list[int]:
+    """The lengths to pad to, increasing.
+
+    Args:
+      max_length: Tokens in the longest example there may be.
+      longest: Tokens in the longest example there is.
+      buckets: The user's choice; empty for an eighth, a quarter, a half and all of
+        `max_length`, the first three rounded up to a multiple of 8.
+
+    Raises:
+      UserError: The longest example fits no bucket.
+    """
+    if not buckets:
+        parts = {-(-max_length // (8 * d)) * 8 for d in (2, 4, 8)}
+        return sorted({min(part, max_length) for part in parts} | {max_length})
+    if buckets[-1] < longest:
+        raise UserError(
+            f"data.buckets ends at {buckets[-1]}, but the longest example has "
+            f"{longest} tokens; add a bucket of at least {longest} or lower "
+            "data.max_length"
+        )
+    return list(buckets)
+
+
+class Rows:
+    """Examples laid out in rows: packed, or one to a row.
+
+    Args:
+      examples: The examples.
+      config: `packing`, `max_length` and `buckets` are used.
+
+    Attributes:
+      examples: The examples.
+      bins: Which examples share a row; None without packing.
+      buckets: The row lengths that occur, increasing; `(max_length,)` with packing.
+      lengths: int64 [rows], tokens in each row.
+
+    Raises:
+      UserError: An example fits no bucket.
+    """
+
+    def __init__(self, examples: Examples, config: Config):
+        self.examples = examples
+        self.bins: Bins | None = None
+        if config.packing:
+            self.bins = pack_best_fit(examples.lengths, config.max_length)
+            self.buckets = (config.max_length,)
+            sums = np.concatenate(
+                [[0], np.cumsum(examples.lengths[self.bins.order], dtype=np.int64)]
+            )
+            self.lengths = np.diff(sums[self.bins.starts])
+        else:
+            longest = int(examples.lengths.max(initial=0))
+            self.buckets = tuple(
+                choose_buckets(config.max_length, longest, config.buckets)
+            )
+            self.lengths = examples.lengths.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def efficiency(self) -> float:
+        """Fraction of positions that hold tokens, each row in its smallest bucket."""
+        fitting = np.array(self.buckets)[np.searchsorted(self.buckets, self.lengths)]
+        return float(self.lengths.sum() / max(fitting.sum(), 1))
+
+    def choose_length(self, indices: np.ndarray) -> int:
+        """The smallest bucket that fits all of these rows."""
+        longest = self.lengths[indices].max(initial=0)
+        return self.buckets[int(np.searchsorted(self.buckets, longest))]
+
+    def assemble(self, indices: np.ndarray, batch_size: int, length: int) -> Batch:
+        """Builds a batch.
+
+        Args:
+          indices: Rows to put first; the rest of the batch is padding.
+          batch_size: B.
+          length: T, at least as long as each of the rows.
+
+        Returns:
+          int32 [B, T] arrays `input_ids`, `labels`, `positions` and `segment_ids`.
+        """
+        shape = (batch_size, length)
+        batch = {
+            "input_ids": np.zeros(shape, np.int32),
+            "labels": np.full(shape, IGNORED, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+        }
+        for row, index in enumerate(indices):
+            members = [index] if self.bins is None else self.bins[index]
+            start = 0
+            for segment, example in enumerate(members, 1):
+                ids, labels = self.examples[example]
+                end = start + len(ids)
+                batch["input_ids"][row, start:end] = ids
+                batch["labels"][row, start:end] = labels
+                # Whatever the example says, nothing precedes its first token.
+                batch["labels"][row, start] = IGNORED
+                batch["positions"][row, start:end] = np.arange(len(ids))
+                batch["segment_ids"][row, start:end] = segment
+                start = end
+        return batch

@@ -1,0 +1,133 @@
+"""What became of the rows: the account that upper floors print."""
+
+import collections
+import dataclasses
+
+from fjft.errors import UserError
+
+# How many places are kept for each reason.
+KEPT_PLACES = 5
+
+
+@dataclasses.dataclass
+class Rejections:
+    """Rows that cannot be used for one reason.
+
+    Attributes:
+      count: How many.
+      places: The first few, as `file:line` or `file:line (detail)`.
+    """
+
+    count: int = 0
+    places: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Report:
+    """The account of one pass over the sources; fields grow while rows are read.
+
+    Attributes:
+      name: What was read, `train` or `eval`.
+      strict: Whether the first rejection is an error.
+      rows_read: Rows, malformed ones included.
+      formats: Format name -> rows that have it.
+      rejected: Reason -> rows that were not used.
+      examples: Examples kept (before held-out ones are taken away).
+      truncated: Of them, cut to `max_length`.
+      held_out: Of them, taken for evaluation by `eval_size`.
+      tokens: Tokens in all examples.
+      supervised_tokens: Of them, learned.
+      longest: Tokens in the longest example.
+      end_tokens: Token that ends a learned turn or document -> how often; generation
+        stops at these.
+      packed_rows: Rows of `max_length` after packing; 0 without packing.
+      efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
+        packing, with each example in its own smallest bucket.
+      eval: The account of a separate evaluation source, if there is one.
+    """
+
+    name: str = "train"
+    strict: bool = False
+    rows_read: int = 0
+    formats: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    rejected: dict[str, Rejections] = dataclasses.field(default_factory=dict)
+    examples: int = 0
+    truncated: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    end_tokens: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    packed_rows: int = 0
+    efficiency: float = 0.0
+    eval: "Report | None" = None
+
+    def reject(self, place: str, reason: str, detail: str = "") -> None:
+        """Counts a row that is not used.
+
+        Raises:
+          UserError: `strict` is set.
+        """
+        text = f"{place} ({detail})" if detail else place
+        if self.strict:
+            raise UserError(
+                f"data.{self.name}: {reason}: {text}; mend the row, or set "
+                "data.strict=False to leave such rows out"
+            )
+        rejections = self.rejected.setdefault(reason, Rejections())
+        rejections.count += 1
+        if len(rejections.places) < KEPT_PLACES:
+            rejections.places.append(text)
+
+    @property
+    def rejected_rows(self) -> int:
+        """Rows not used, over all reasons."""
+        return sum(r.count for r in self.rejected.values())
+
+    def warnings(self) -> list[str]:
+        """What is probably a mistake, one sentence each with its remedy."""
+        found = []
+        if self.examples and not self.end_tokens:
+            found.append(
+                f"data.{self.name}: no end-of-turn or eos token is ever learned, so "
+                "the model will not learn to stop; use a chat template that ends "
+                "turns with a special token, or a tokenizer with an eos_token"
+            )
+        if self.rejected_rows > self.rows_read / 2:
+            found.append(
+                f"data.{self.name}: {self.rejected_rows:,} of {self.rows_read:,} rows "
+                "were not used; see the reasons above"
+            )
+        return found + (self.eval.warnings() if self.eval else [])
+
+    def describe(self) -> list[str]:
+        """The account as lines of text, warnings not included."""
+        formats = ", ".join(
+            f"{name} ({count:,})" if len(self.formats) > 1 else name
+            for name, count in self.formats.most_common()
+        )
+        lines = [
+            f"data.{self.name}: {self.rows_read:,} rows of format {formats or 'none'}, "
+            f"{self.examples:,} used, {self.rejected_rows:,} not"
+        ]
+        for reason, rejections in self.rejected.items():
+            more = rejections.count - len(rejections.places)
+            rest = f", and {more:,} more" if more else ""
+            places = ", ".join(rejections.places)
+            lines.append(f"  {rejections.count:,} {reason}: {places}{rest}")
+        if self.truncated:
+            lines.append(f"  {self.truncated:,} cut to max_length")
+        if self.held_out:
+            lines.append(f"  {self.held_out:,} held out for evaluation")
+        share = self.supervised_tokens / max(self.tokens, 1)
+        lines.append(
+            f"  {self.tokens:,} tokens, {self.supervised_tokens:,} learned "
+            f"({share:.0%}), longest example {self.longest:,}"
+        )
+        kind = f"{self.packed_rows:,} packed rows" if self.packed_rows else "padded"
+        lines.append(f"  {kind}, {self.efficiency:.1%} of positions hold tokens")
+        return lines + (self.eval.describe() if self.eval else [])

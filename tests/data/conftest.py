@@ -1,0 +1,67 @@
+"""A small byte-level tokenizer, trained on the spot, and examples without text."""
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from fjft.data.examples import IGNORED, Examples, Spool
+
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "<bos>",
+    "<eos>",
+]
+CORPUS = [
+    "Hello there, how are you today?\n\nI am fine.\n\nAnd  you?\nassistant\nuser\n",
+    "The quick brown fox jumps over the lazy dog.\n\n\nsystem model prompt answer 42\n",
+] * 20
+
+
+@pytest.fixture
+def tokenizer():
+    """A byte-level BPE tokenizer with 500 tokens and the usual special ones."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        show_progress=False,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture
+def make_examples():
+    return _make_examples
+
+
+def _make_examples(lengths, seed: int = 0) -> Examples:
+    """Examples of these lengths; ids are unique, about half of them learned."""
+    rng = np.random.default_rng(seed)
+    spool = Spool()
+    start = 1
+    pairs = []
+    for length in lengths:
+        ids = np.arange(start, start + length, dtype=np.int32)
+        labels = np.where(rng.random(length) < 0.5, ids, IGNORED).astype(np.int32)
+        labels[0] = IGNORED
+        pairs.append((ids, labels))
+        start += length
+    spool.add(pairs, range(len(pairs)))
+    return spool.finish()
