@@ -87,12 +87,11 @@ def check_names(
             f"{files.source}: {len(missing)} tensors are missing, the first "
             f"is {missing[0]!r}; the checkpoint does not fit its config"
         )
-    # A tied head may be stored besides the embedding it is tied to.
-    tied = {"lm_head.weight"} if files.config.tie_word_embeddings else set()
+    aliases = {name for site in sites for name in site.aliases}
     extra = [
         name
         for name in tensors.names
-        if name not in wanted and name not in tied and not _DERIVED.fullmatch(name)
+        if name not in wanted and name not in aliases and not _DERIVED.fullmatch(name)
     ]
     if extra:
         raise UserError(
@@ -100,7 +99,7 @@ def check_names(
             f"{files.config.model_type} model, the first is {sorted(extra)[0]!r}"
         )
     for name, site in wanted.items():
-        shape = abstract[site.path].shape[1 if site.stacked else 0 :]
+        shape = site.hf_shape(abstract[site.path].shape)
         if tensors.shape(name) != shape:
             raise UserError(
                 f"{files.source}: {name} has shape {tensors.shape(name)}, "
@@ -131,13 +130,17 @@ def _load_param(
 def _read_shard(
     tensors: TensorSource, site: Site, index: tuple[slice, ...], dtype: Any
 ) -> np.ndarray:
-    if not site.stacked:
-        return tensors.read(site.hf_names[0], index).astype(dtype, copy=False)
-    layers = site.hf_names[index[0]]
-    shape = (len(layers), *(s.stop - s.start for s in index[1:]))
-    shard = np.empty(shape, dtype)
-    for i, name in enumerate(layers):
-        shard[i] = tensors.read(name, index[1:])
+    lead, rest = index[: len(site.lead)], index[len(site.lead) :]
+    hf_index = rest[::-1] if site.transpose else rest
+    if not lead:
+        part = tensors.read(site.hf_names[0], hf_index)
+        return (part.T if site.transpose else part).astype(dtype, copy=False)
+    shard = np.empty([s.stop - s.start for s in index], dtype)
+    for name, place in site.tensors():
+        if all(s.start <= i < s.stop for i, s in zip(place, lead, strict=True)):
+            here = tuple(i - s.start for i, s in zip(place, lead, strict=True))
+            part = tensors.read(name, hf_index)
+            shard[here] = part.T if site.transpose else part
     return shard
 
 
@@ -162,9 +165,9 @@ def save_model(model: nnx.Module, directory: str | Path, dtype: Any = None) -> N
             "into the weights with merge_adapter first"
         )
     tensors = [
-        _out_tensor(name, params[site.path], i if site.stacked else None, dtype)
+        _out_tensor(name, params[site.path], place, site, dtype)
         for site in provenance.sites
-        for i, name in enumerate(site.hf_names)
+        for name, place in site.tensors()
     ]
     tensors.sort(key=lambda tensor: _natural(tensor.name))
     write_sharded(Path(directory), tensors)
@@ -175,16 +178,15 @@ def save_model(model: nnx.Module, directory: str | Path, dtype: Any = None) -> N
 
 
 def _out_tensor(
-    name: str, param: jax.Array, layer: int | None, dtype: Any
+    name: str, param: jax.Array, place: tuple[int, ...], site: Site, dtype: Any
 ) -> OutTensor:
     dtype = np.dtype(dtype or param.dtype)
 
     def produce() -> np.ndarray:
-        part = param if layer is None else param[layer]
-        return np.asarray(jax.device_get(part)).astype(dtype, copy=False)
+        part = np.asarray(jax.device_get(param[place] if place else param))
+        return (part.T if site.transpose else part).astype(dtype, copy=False)
 
-    shape = param.shape if layer is None else param.shape[1:]
-    return OutTensor(name, dtype, tuple(shape), produce)
+    return OutTensor(name, dtype, site.hf_shape(param.shape), produce)
 
 
 def _natural(name: str) -> list:

@@ -298,8 +298,10 @@ def rows(arch: Architecture) -> tuple[Row, ...]:
             "self_attn.q_norm": "attention.q_norm",
             "self_attn.k_norm": "attention.k_norm",
         }
+    # A tied head may be stored besides the embedding it is tied to.
+    tied = ("lm_head.weight",) if arch.tie_word_embeddings else ()
     table = [
-        Row("model.embed_tokens.weight", "embedding.weight"),
+        Row("model.embed_tokens.weight", "embedding.weight", aliases=tied),
         Row("model.norm.weight", "norm.weight"),
     ]
     if not arch.tie_word_embeddings:

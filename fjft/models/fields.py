@@ -37,6 +37,8 @@ class Fields:
 
     Attributes:
       model_type: The family's key.
+      architecture: The class of transformers that the checkpoint names, whose head it
+        has; None if it names none.
     """
 
     def __init__(self, config: PretrainedConfig):
@@ -45,6 +47,7 @@ class Fields:
         known = {*type(config)().to_dict(), "quantization_config", "auto_map"}
         self._unread = {k: v for k, v in config.to_dict().items() if k in known}
         self.model_type: str = config.model_type
+        self.architecture: str | None = next(iter(config.architectures or ()), None)
 
     def take(self, name: str) -> Any:
         """The value of a field that shapes the maths.

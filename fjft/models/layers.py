@@ -100,6 +100,27 @@ class RMSNorm(nnx.Module):
         return normed * _broadcast(self.weight[...].astype(x.dtype), normed)
 
 
+class LayerNorm(nnx.Module):
+    """Layer norm in float32 (Ba et al. 2016), with or without a bias."""
+
+    def __init__(self, make: Maker, size: int, *, eps: float, bias: bool):
+        self.weight = make((size,), ("norm",), jax.nn.initializers.ones)
+        self.bias = nnx.data(
+            make((size,), ("norm",), jax.nn.initializers.zeros) if bias else None
+        )
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        y = y * _broadcast(self.weight[...].astype(jnp.float32), y)
+        if self.bias is not None:
+            y = y + _broadcast(self.bias[...].astype(jnp.float32), y)
+        return y.astype(x.dtype)
+
+
 class Embedding(nnx.Module):
     """A table of vectors, (V, D)."""
 

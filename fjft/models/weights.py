@@ -1,7 +1,10 @@
 """What a row of a family's name table is, and what it stands for in one model."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterable
+from typing import Any
 
 from flax import nnx
 
@@ -16,12 +19,20 @@ class Row:
     layer 3 of our stacked `mlp.up.weight` is `model.layers.3.mlp.up_proj.weight`.
 
     Attributes:
-      hf: The tensor's name in a Hugging Face checkpoint.
-      path: The parameter's path in our model.
+      hf: The tensor's name in a Hugging Face checkpoint; a second `{}` is the number
+        of the expert.
+      path: The parameter's path in our model; what stands before `.{}` is a `Stack`.
+      experts: The number of experts stacked behind the layers, 0 for none.
+      transpose: Whether the checkpoint has a matrix the other way round, (in, out).
+      aliases: Names under which a checkpoint may hold the same values once more; they
+        are passed over.
     """
 
     hf: str
     path: str
+    experts: int = 0
+    transpose: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +42,16 @@ class Site:
     Attributes:
       path: The parameter's path, `layers.blocks.0.mlp.up.weight`.
       hf_names: The Hugging Face tensors, in the order in which they are stacked.
-      stacked: Whether the parameter has a leading layer axis.
+      lead: The leading axes they are stacked over: `()`, `(L,)` or `(L, experts)`.
+      transpose: Whether each of them is the transpose of ours.
+      aliases: Names to pass over.
     """
 
     path: str
     hf_names: tuple[str, ...]
-    stacked: bool
+    lead: tuple[int, ...]
+    transpose: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -48,17 +63,48 @@ class Site:
         """The Hugging Face modules that hold the tensors."""
         return tuple(name.rpartition(".")[0] for name in self.hf_names)
 
+    def tensors(self) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """Each Hugging Face tensor and its index into the parameter's leading axes."""
+        places = itertools.product(*map(range, self.lead))
+        return zip(self.hf_names, places, strict=True)
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each Hugging Face tensor, from the parameter's."""
+        rest = shape[len(self.lead) :]
+        return rest[::-1] if self.transpose else rest
+
+
+def module_at(model: nnx.Module, path: str) -> Any:
+    """The submodule or parameter at a dotted path."""
+    for key in path.split("."):
+        model = model[int(key)] if key.isdigit() else getattr(model, key)
+    return model
+
 
 def sites(rows: Iterable[Row], model: nnx.Module) -> list[Site]:
     """Lays a table out over the stacks of one model, in the table's order."""
-    stack: Stack = model.layers
     found = []
     for row in rows:
-        if "{}" not in row.path:
-            found.append(Site(row.path, (row.hf,), stacked=False))
+        prefix, is_stacked, rest = row.path.partition(".{}.")
+        experts = (row.experts,) if row.experts else ()
+        if not is_stacked:
+            found.append(_site(row, row.path, [()], experts))
             continue
+        stack: Stack = module_at(model, prefix)
         for number, layers in enumerate(stack.layers):
-            path = row.path.format(f"blocks.{number}")
-            names = tuple(row.hf.format(layer) for layer in layers)
-            found.append(Site(path, names, stacked=True))
+            path = f"{prefix}.blocks.{number}.{rest}"
+            found.append(_site(row, path, [(n,) for n in layers], experts))
     return found
+
+
+def _site(row: Row, path: str, layers: list[tuple], experts: tuple[int, ...]) -> Site:
+    numbers = [
+        (*layer, *expert)
+        for layer in layers
+        for expert in itertools.product(*map(range, experts))
+    ]
+    lead = ((len(layers),) if layers != [()] else ()) + experts
+    names = tuple(row.hf.format(*number) for number in numbers)
+    assert len(names) == math.prod(lead)
+    aliases = tuple(a.format(*n) for a in row.aliases for n in numbers)
+    return Site(path, names, lead, row.transpose, aliases)

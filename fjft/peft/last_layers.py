@@ -55,14 +55,14 @@ def attach(
 
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
     """Parameters of the last layers, and of the norm after them."""
-    names = {name for site in sites if site.stacked for name in site.hf_names}
+    names = {name for site in sites if site.lead for name in site.hf_names}
     total = 1 + max(_layer_number(name) for name in names)
     trained = {
         site.path
         for site in sites
         if site.path.startswith("norm.")
         or (
-            site.stacked
+            site.lead
             and all(
                 _layer_number(name) >= total - config.num_layers
                 for name in site.hf_names

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker
-from fjft.models.weights import Site
+from fjft.models.weights import Site, module_at
 from fjft.peft import targets
 from fjft.peft.targets import PeftTensor
 
@@ -163,7 +163,7 @@ def attach(
         ranks = tuple(config.rank(m) if m in chosen else 0 for m in modules)
         if any(ranks):
             scales = tuple(config.scale(m) if m in chosen else 0.0 for m in modules)
-            linear = targets.module_at(model, site.module)
+            linear = module_at(model, site.module)
             linear.adapter = nnx.data(
                 Adapter(rngs, linear, ranks, scales, config.lora_dropout)
             )
@@ -211,7 +211,7 @@ def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> i
         sum(adapter.ranks) * (adapter.a.shape[-1] + adapter.b.shape[-2])
         for _, adapter in _adapters(model, sites)
     )
-    whole = (targets.module_at(model, p).shape for p in _saved_paths(config, sites))
+    whole = (module_at(model, p).shape for p in _saved_paths(config, sites))
     return adapters + sum(map(math.prod, whole))
 
 
@@ -257,7 +257,7 @@ def peft_tensors(
         path = f"{site.module}{ADAPTER}"
         for i, rank in enumerate(adapter.ranks):
             if rank:
-                layer = (i,) if site.stacked else ()
+                layer = (i,) if site.lead else ()
                 name = f"{targets.PEFT_PREFIX}{site.hf_modules[i]}"
                 every, used = slice(None), slice(rank)
                 table += [
@@ -272,7 +272,7 @@ def peft_tensors(
     for site in sites:
         if site.path in saved:
             for i, name in enumerate(site.hf_names):
-                layer = (i,) if site.stacked else ()
+                layer = (i,) if site.lead else ()
                 table.append(PeftTensor(targets.PEFT_PREFIX + name, site.path, layer))
     return table
 
@@ -281,7 +281,7 @@ def _adapters(
     model: nnx.Module, sites: Sequence[Site]
 ) -> Iterator[tuple[Site, Adapter]]:
     for site in targets.linear_sites(model, sites):
-        adapter = targets.module_at(model, site.module).adapter
+        adapter = module_at(model, site.module).adapter
         if adapter is not None:
             yield site, adapter
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from fjft.errors import UserError
 from fjft.models.layers import Linear
-from fjft.models.weights import Site
+from fjft.models.weights import Site, module_at
 
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
@@ -28,13 +28,6 @@ class PeftTensor:
     name: str
     path: str
     index: tuple[int | slice, ...]
-
-
-def module_at(model: nnx.Module, path: str) -> Any:
-    """The submodule at a dotted path."""
-    for key in path.split("."):
-        model = model[int(key)] if key.isdigit() else getattr(model, key)
-    return model
 
 
 def linear_sites(model: nnx.Module, sites: Iterable[Site]) -> list[Site]:
