@@ -11,20 +11,27 @@ from jax.sharding import PartitionSpec as P
 
 from fjft.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis of a tensor -> mesh axes. Everything that is sharded is sharded by
 # this table; an axis that is not in it is an error.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "expert": "expert",
+    "router": None,  # a score for each expert
     "norm": None,
     "rank": None,
+    "hidden": "tensor",  # the outputs of a square map; its inputs are "embed"
+    "positions": None,
+    "types": None,
+    "labels": None,
 }
 
 
@@ -36,11 +43,14 @@ class Config:
       data: Copies of the weights, each with its own part of the batch.
       fsdp: Devices that share the weights, each with its own part of the batch.
       tensor: Devices that share each matrix product.
+      expert: Devices that share the routed experts of each layer, and have a copy of
+        all other weights, each with its own part of the batch.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    expert: int = 1
 
 
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:
@@ -54,7 +64,7 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
       UserError: The sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     wanted = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(
@@ -99,11 +109,11 @@ def spec(axes: tuple[str | None, ...]) -> P:
 
 def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     """The number of parts that a batch is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch lies: rows over data and fsdp."""
+    """How a batch lies: rows over data, fsdp and expert."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
@@ -167,5 +177,5 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
         near = [size for size in (lower, lower + unit) if size]
         raise UserError(
             f"batch {batch_size} is not divisible by accumulation_steps * data * fsdp "
-            f"= {unit}; use {' or '.join(map(str, near))}"
+            f"* expert = {unit}; use {' or '.join(map(str, near))}"
         )

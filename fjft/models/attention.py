@@ -1,8 +1,10 @@
 """Attention through one function, which knows segments, windows and grouped heads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def attention_mask(
@@ -43,9 +45,12 @@ def attention(
     scale: float,
     softcap: float | None = None,
     bias_BNTS: Float[Array, "#B N T S"] | None = None,
+    dropout: float = 0.0,
+    rng: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
+    Scores exist for one call only: the backward pass works them out again.
     Query head n reads key head n // (N / K), and keys are never repeated in memory. A
     query that sees no key (padding) gets the mean of all values, which nobody reads.
 
@@ -53,20 +58,141 @@ def attention(
       scale: What scores are multiplied by.
       softcap: Scores are bent into (-softcap, softcap) by a tanh; None leaves them.
       bias_BNTS: Added to the scores after that, such as T5's relative positions.
+      dropout: Share of the probabilities that is dropped; scores are kept then.
+      rng: Turns that on.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    if dropout and rng is not None:
+        arguments = q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale, softcap
+        return _attention_with_dropout(*arguments, dropout, rng)
+    return _attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale, softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, mask, bias, scale, softcap):
+    return _forward(q, k, v, mask, bias, scale, softcap)[0]
+
+
+def _forward(q, k, v, mask, bias, scale, softcap):
+    """The output, and what the backward pass needs: no scores, only their norms.
+
+    The G * T queries of a kv-head are one axis M, so that both products are plain
+    batched matrix products.
+    """
+    scores_BKMS = _scores(q, k, mask, bias, scale, softcap)
+    highest = jnp.max(scores_BKMS, axis=-1, keepdims=True)
+    exps_BKMS = jnp.exp(scores_BKMS - highest)
+    norm = jnp.sum(exps_BKMS, axis=-1, keepdims=True)
+    out_BKMH = jnp.einsum(
+        "BKMS,BKSH->BKMH",
+        exps_BKMS.astype(v.dtype),
+        v.swapaxes(1, 2),
+        preferred_element_type=jnp.float32,
     )
+    out_BKMH = (out_BKMH / norm).astype(v.dtype)
+    out = _ungroup(out_BKMH, q.shape)
+    return out, (q, k, v, mask, bias, out, highest + jnp.log(norm))
+
+
+def _backward(scale, softcap, residuals, grad_out):
+    """Works the probabilities out again from the scores' norms (Dao 2022, 3.1).
+
+    Gradients of keys and values come out as [H, S]: then it is the small factor of the
+    product that has to be transposed in memory, not the scores.
+    """
+    q, k, v, mask, bias, out, log_norm = residuals
+    scores_BKMS = _scores(q, k, mask, bias, scale, softcap)
+    mask_BKMS = _group_mask(mask, q, k)
+    probs_BKMS = jnp.where(mask_BKMS, jnp.exp(scores_BKMS - log_norm), 0)
+    grad_BKMH, out_BKMH = _group(grad_out, k.shape[2]), _group(out, k.shape[2])
+    grad_v = _einsum("BKMH,BKMS->BKHS", grad_BKMH, probs_BKMS.astype(v.dtype))
+    grad_probs = _einsum("BKMH,BKSH->BKMS", grad_BKMH, v.swapaxes(1, 2))
+    along = jnp.sum(
+        grad_BKMH.astype(jnp.float32) * out_BKMH.astype(jnp.float32), -1, keepdims=True
+    )
+    grad_scores = probs_BKMS * (grad_probs - along)
+    grad_bias = None
+    if bias is not None:
+        grad_bias = _sum_to(_ungroup_scores(grad_scores, q.shape), bias)
     if softcap is not None:
-        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
-    if bias_BNTS is not None:
-        bias_BKGTS = bias_BNTS.reshape(-1, K, N // K, *scores_BKGTS.shape[3:])
-        scores_BKGTS = scores_BKGTS + bias_BKGTS.astype(jnp.float32)
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+        bent = scores_BKMS if bias is None else scores_BKMS - _group_bias(bias, q, k)
+        slope = 1 - jnp.square(jnp.where(mask_BKMS, bent, 0) / softcap)
+        grad_scores = grad_scores * slope
+    grad_scores = (grad_scores * scale).astype(q.dtype)
+    grad_q = _einsum("BKMS,BKSH->BKMH", grad_scores, k.swapaxes(1, 2))
+    grad_k = _einsum("BKMH,BKMS->BKHS", _group(q, k.shape[2]), grad_scores)
+    return (
+        _ungroup(grad_q.astype(q.dtype), q.shape),
+        grad_k.transpose(0, 3, 1, 2).astype(k.dtype),
+        grad_v.transpose(0, 3, 1, 2).astype(v.dtype),
+        None,
+        grad_bias,
+    )
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _attention_with_dropout(q, k, v, mask, bias, scale, softcap, dropout, rng):
+    """As `_forward`, with holes in the probabilities."""
+    probs_BKMS = jax.nn.softmax(_scores(q, k, mask, bias, scale, softcap), axis=-1)
+    kept_BKMS = jax.random.bernoulli(rng, 1 - dropout, probs_BKMS.shape)
+    probs_BKMS = jnp.where(kept_BKMS, probs_BKMS / (1 - dropout), 0).astype(v.dtype)
+    out_BKMH = _einsum("BKMS,BKSH->BKMH", probs_BKMS, v.swapaxes(1, 2))
+    return _ungroup(out_BKMH.astype(v.dtype), q.shape)
+
+
+def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k, mask, bias, scale, softcap):
+    """Masked scores, Float32[B, K, M, S]."""
+    scaled = q * jnp.asarray(scale, q.dtype)
+    scores = _einsum("BKMH,BKSH->BKMS", _group(scaled, k.shape[2]), k.swapaxes(1, 2))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + _group_bias(bias, q, k)
+    return jnp.where(_group_mask(mask, q, k), scores, jnp.finfo(jnp.float32).min)
+
+
+def _group(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[B, T, N, H] to [B, K, G * T, H]."""
+    B, T, N, H = x_BTNH.shape
+    x_BTKGH = x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+    return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H)
+
+
+def _ungroup(x_BKMH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B, K, G * T, H] to [B, T, N, H]."""
+    B, T, N, H = shape
+    K = x_BKMH.shape[1]
+    x_BKGTH = x_BKMH.reshape(B, K, N // K, T, H)
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _ungroup_scores(x_BKMS: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B, K, G * T, S] to [B, N, T, S]."""
+    B, T, N, _ = shape
+    return x_BKMS.reshape(B, N, T, x_BKMS.shape[-1])
+
+
+def _group_mask(mask_BTS: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, T, S] to [B, K, G * T, S]."""
+    B, T, N, _ = q.shape
+    K, S = k.shape[2], k.shape[1]
+    shape = (B, K, N // K, T, S)
+    return jnp.broadcast_to(mask_BTS[:, None, None], shape).reshape(B, K, -1, S)
+
+
+def _group_bias(bias_BNTS: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+    """[1 or B, N, T, S] to [1 or B, K, G * T, S], float32."""
+    shape = (bias_BNTS.shape[0], k.shape[2], -1, k.shape[1])
+    return bias_BNTS.reshape(shape).astype(jnp.float32)
+
+
+def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes a broadcast of the batch axis."""
+    if like.shape[0] != x.shape[0]:
+        x = jnp.sum(x, axis=0, keepdims=True)
+    return x.astype(like.dtype)

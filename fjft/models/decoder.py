@@ -1,145 +1,29 @@
-"""The decoder that Llama-like families share: pre-norm blocks, RoPE, grouped heads."""
+"""The causal language model that all decoder families share."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from fjft.errors import UserError
 from fjft.models import rope
-from fjft.models.attention import attention, attention_mask
+from fjft.models.attention import attention_mask
+from fjft.models.block import Architecture, Block, View, make_norm
 from fjft.models.cache import Cache, init_cache
 from fjft.models.layers import (
     REMAT_POLICIES,
     Embedding,
-    GatedMLP,
     Linear,
     Maker,
-    RMSNorm,
     Stack,
+    dropout,
 )
-from fjft.models.weights import Row
+from fjft.models.moe import Load, balance_loss, no_load
 from fjft.sharding import constrain
 
-Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Every number that shapes the decoder's maths; none has a default.
-
-    Attributes:
-      windows: For each layer, the tokens it sees back, its own included; None is all.
-      frequencies: RoPE's angle per position of each pair of dimensions.
-      qk_norm: Whether queries and keys are normed per head before RoPE.
-      initializer_range: Standard deviation of newly made weights.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
-    frequencies: rope.Frequencies
-    activation: str
-    rms_norm_eps: float
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    tie_word_embeddings: bool
-    initializer_range: float
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.windows)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with RoPE (Ainslie et al. 2023; Su et al. 2021)."""
-
-    def __init__(self, make: Maker, arch: Architecture):
-        size, head_dim, std = arch.hidden_size, arch.head_dim, arch.initializer_range
-        heads, kv_heads = arch.num_heads * head_dim, arch.num_kv_heads * head_dim
-        kv = (kv_heads, size), ("kv_heads", "embed")
-        bias = arch.qkv_bias
-        self.q = Linear(
-            make, "q", (heads, size), ("heads", "embed"), bias=bias, std=std
-        )
-        self.k = Linear(make, "k", *kv, bias=bias, std=std)
-        self.v = Linear(make, "v", *kv, bias=bias, std=std)
-        self.o = Linear(
-            make, "o", (size, heads), ("embed", "heads"), bias=arch.o_bias, std=std
-        )
-        self.q_norm, self.k_norm = (
-            nnx.data(
-                RMSNorm(make, head_dim, eps=arch.rms_norm_eps) if arch.qk_norm else None
-            )
-            for _ in range(2)
-        )
-        self.head_dim = head_dim
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        rotation: Rotation,
-        mask: Bool[Array, "B T S"],
-        layer: Int[Array, ""],
-        cache: Cache | None,
-        rng: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        B, T, _ = x_BTD.shape
-        q, k, v = (
-            f(x_BTD, rng).reshape(B, T, -1, self.head_dim)
-            for f in (self.q, self.k, self.v)
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            k, v = cache.layer(layer)
-        out = attention(q, k, v, mask, scale=self.head_dim**-0.5)
-        return self.o(out.reshape(B, T, -1), rng), cache
-
-
-class Block(nnx.Module):
-    """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
-
-    def __init__(self, make: Maker, arch: Architecture, window: int | None):
-        self.attention_norm = RMSNorm(make, arch.hidden_size, eps=arch.rms_norm_eps)
-        self.attention = Attention(make, arch)
-        self.mlp_norm = RMSNorm(make, arch.hidden_size, eps=arch.rms_norm_eps)
-        self.mlp = GatedMLP(
-            make,
-            arch.hidden_size,
-            arch.intermediate_size,
-            activation=arch.activation,
-            bias=arch.mlp_bias,
-            std=arch.initializer_range,
-        )
-        self.window = window
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        rotation: Rotation,
-        masks: dict[int | None, Bool[Array, "B T S"]],
-        layer: Int[Array, ""],
-        cache: Cache | None,
-        rng: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        attended, cache = self.attention(
-            self.attention_norm(x_BTD), rotation, masks[self.window], layer, cache, rng
-        )
-        x_BTD = x_BTD + attended
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), rng)
-        return constrain(x_BTD, "batch", None, None), cache
+EMBEDDING_STREAM = 0x7FFFFFFF  # folded into the key; layers fold in their numbers
 
 
 class Decoder(nnx.Module):
@@ -161,17 +45,30 @@ class Decoder(nnx.Module):
         compute_dtype: jax.typing.DTypeLike,
         cuts: tuple[int, ...] = (),
     ):
-        std = arch.initializer_range
-        vocab = arch.vocab_size, arch.hidden_size
-        self.embedding = Embedding(make, *vocab, std=std)
-        self.layers = Stack(
-            make, lambda make, window: Block(make, arch, window), arch.windows, cuts
+        std, size = arch.initializer_range, arch.hidden_size
+        self.embedding = Embedding(
+            make, arch.vocab_size, size, std=std, padding_id=arch.padding_id
         )
-        self.norm = RMSNorm(make, arch.hidden_size, eps=arch.rms_norm_eps)
+        self.positions = nnx.data(
+            None
+            if arch.num_positions is None
+            else Embedding(make, arch.num_positions, size, std=std, axis="positions")
+        )
+        self.layers = Stack(
+            make, lambda make, kind: Block(make, arch, kind), arch.kinds, cuts
+        )
+        self.norm = make_norm(make, arch, size)
         self.lm_head = nnx.data(
             None
             if arch.tie_word_embeddings
-            else Linear(make, "lm_head", vocab, ("vocab", "embed"), bias=False, std=std)
+            else Linear(
+                make,
+                "lm_head",
+                (arch.vocab_size, size),
+                ("vocab", "embed"),
+                bias=False,
+                std=std,
+            )
         )
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
@@ -205,9 +102,26 @@ class Decoder(nnx.Module):
         """The Hugging Face config of the checkpoint it was loaded from."""
         return self.provenance.files.config
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """What logits are bent to stay below; None leaves them."""
+        return self.arch.logit_softcap
+
+    @property
+    def balance_coefficient(self) -> float:
+        """The share that the balance of the experts has in the training loss."""
+        experts = self.arch.experts
+        return 0.0 if experts is None else experts.balance_coefficient
+
+    def balance_loss(self, load: Load) -> Float[Array, ""]:
+        """What the experts' use of one batch adds to its mean loss in training."""
+        return self.balance_coefficient * balance_loss(load)
+
     def embed(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token vectors, in the compute dtype."""
         x_BTD = self.embedding(input_ids_BT, self.compute_dtype)
+        if self.arch.embedding_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.arch.embedding_scale, x_BTD.dtype)
         return constrain(x_BTD, "batch", None, None)
 
     def backbone(
@@ -217,6 +131,7 @@ class Decoder(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         *,
         cache: Cache | None = None,
+        lengths_B: Int[Array, "B"] | None = None,
         rng: Key[Array, ""] | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -227,37 +142,117 @@ class Decoder(nnx.Module):
           positions_BT: Positions; restart in every segment.
           segment_ids_BT: Segments; 0 is padding.
           cache: Keys and values of earlier tokens, which these tokens see and join.
+          lengths_B: With a cache, how long each row is known to become, for a rope
+            that looks at that; by default as long as it is after these tokens.
           rng: Turns dropout on where there is any.
           remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
         """
-        kv_positions, kv_segments = positions_BT, segment_ids_BT
+        x_BTD, cache, _ = self._run(
+            x_BTD, positions_BT, segment_ids_BT, cache, lengths_B, rng, remat
+        )
+        return x_BTD, cache
+
+    def backbone_and_load(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        *,
+        rng: Key[Array, ""] | None = None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B T D"], Load]:
+        """`backbone`, and how its layers used their experts, which it must have."""
+        x_BTD, _, load = self._run(
+            x_BTD, positions_BT, segment_ids_BT, None, None, rng, remat
+        )
+        assert load is not None
+        return x_BTD, load
+
+    def _run(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: Cache | None,
+        lengths_B: jax.Array | None,
+        rng: jax.Array | None,
+        remat: str,
+    ) -> tuple[jax.Array, Cache | None, Load | None]:
         if cache is not None:
             cache = cache.reserve(positions_BT, segment_ids_BT)
-            kv_positions, kv_segments = cache.positions, cache.segment_ids
-        masks = {
-            window: attention_mask(
-                positions_BT, segment_ids_BT, kv_positions, kv_segments, window=window
-            )
-            for window in dict.fromkeys(self.arch.windows)
-        }
-        rotation = rope.rotation(positions_BT, self.arch.frequencies)
+        view = self._view(positions_BT, segment_ids_BT, cache, lengths_B)
+        if self.positions is not None:
+            x_BTD = x_BTD + self._position_vectors(positions_BT)
+        if rng is not None:
+            key = jax.random.fold_in(rng, EMBEDDING_STREAM)
+            x_BTD = dropout(x_BTD, self.arch.embedding_dropout, key)
 
         def body(block, carry, layer):
-            x, cache = carry
+            x, cache, total = carry
             key = None if rng is None else jax.random.fold_in(rng, layer)
-            return block(x, rotation, masks, layer, cache, key)
+            x, cache, load = block(x, view, layer, cache, key)
+            if load is not None:
+                total = jax.tree.map(jnp.add, total, load)
+            return x, cache, total
 
-        x_BTD, cache = self.layers.scan(body, (x_BTD, cache), REMAT_POLICIES[remat])
+        load = None if self.arch.experts is None else no_load(self.arch.experts)
+        x_BTD, cache, load = self.layers.scan(
+            body, (x_BTD, cache, load), REMAT_POLICIES[remat]
+        )
         if cache is not None:
             cache = cache.advance(positions_BT.shape[1])
-        return self.norm(x_BTD), cache
+        return self.norm(x_BTD), cache, load
+
+    def _view(
+        self,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: Cache | None,
+        lengths_B: jax.Array | None,
+    ) -> View:
+        """The masks and rotations of all kinds of layers."""
+        kv_positions, kv_segments = positions_BT, segment_ids_BT
+        if cache is not None:
+            kv_positions, kv_segments = cache.positions, cache.segment_ids
+        kinds = self.arch.kinds
+        ropes = [r for r in dict.fromkeys(k.rope for k in kinds) if r is not None]
+        lengths_BT = None
+        if any(r.beyond is not None for r in ropes):
+            lengths_BT = rope.sequence_lengths(
+                segment_ids_BT, kv_positions, kv_segments
+            )
+            if lengths_B is not None:
+                lengths_BT = jnp.maximum(lengths_BT, lengths_B[:, None])
+        return View(
+            masks={
+                window: attention_mask(
+                    positions_BT,
+                    segment_ids_BT,
+                    kv_positions,
+                    kv_segments,
+                    window=window,
+                )
+                for window in dict.fromkeys(kind.window for kind in kinds)
+            },
+            rotations={r: rope.rotation(positions_BT, r, lengths_BT) for r in ropes},
+            is_real=segment_ids_BT != 0,
+        )
+
+    def _position_vectors(self, positions_BT: jax.Array) -> jax.Array:
+        """Learned vectors; NaN beyond the last, so that it does not go unnoticed."""
+        assert self.positions is not None
+        table = self.positions.weight[...].astype(self.compute_dtype)
+        return table.at[positions_BT].get(mode="fill", fill_value=jnp.nan)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, in the compute dtype."""
         if self.lm_head is not None:
-            return self.lm_head(x_BTD)
-        weight_VD = self.embedding.weight[...].astype(x_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+            logits = self.lm_head(x_BTD)
+        else:
+            weight_VD = self.embedding.weight[...].astype(x_BTD.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+        softcap = self.logit_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:
@@ -277,42 +272,23 @@ class Decoder(nnx.Module):
             self.compute_dtype,
         )
 
+    def check_growth(self, num_tokens: int, max_tokens: int) -> None:
+        """Checks that a cache can grow from one length to another.
 
-def rows(arch: Architecture) -> tuple[Row, ...]:
-    """Hugging Face's names, as Llama, Mistral and Qwen share them."""
-    linear = {
-        "self_attn.q_proj": ("attention.q", arch.qkv_bias),
-        "self_attn.k_proj": ("attention.k", arch.qkv_bias),
-        "self_attn.v_proj": ("attention.v", arch.qkv_bias),
-        "self_attn.o_proj": ("attention.o", arch.o_bias),
-        "mlp.gate_proj": ("mlp.gate", arch.mlp_bias),
-        "mlp.up_proj": ("mlp.up", arch.mlp_bias),
-        "mlp.down_proj": ("mlp.down", arch.mlp_bias),
-    }
-    norms = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm",
-    }
-    if arch.qk_norm:
-        norms |= {
-            "self_attn.q_norm": "attention.q_norm",
-            "self_attn.k_norm": "attention.k_norm",
-        }
-    # A tied head may be stored besides the embedding it is tied to.
-    tied = ("lm_head.weight",) if arch.tie_word_embeddings else ()
-    table = [
-        Row("model.embed_tokens.weight", "embedding.weight", aliases=tied),
-        Row("model.norm.weight", "norm.weight"),
-    ]
-    if not arch.tie_word_embeddings:
-        table.append(Row("lm_head.weight", "lm_head.weight"))
-    for hf, ours in norms.items():
-        table.append(
-            Row(f"model.layers.{{}}.{hf}.weight", f"layers.{{}}.{ours}.weight")
-        )
-    for hf, (ours, bias) in linear.items():
-        for leaf in ("weight", "bias") if bias else ("weight",):
-            table.append(
-                Row(f"model.layers.{{}}.{hf}.{leaf}", f"layers.{{}}.{ours}.{leaf}")
-            )
-    return tuple(table)
+        A longrope model turns all keys otherwise once a sequence has passed a limit,
+        so what is cached before would be wrong after it.
+
+        Raises:
+          UserError: The growth passes such a limit.
+        """
+        for kind in self.arch.kinds:
+            beyond = None if kind.rope is None else kind.rope.beyond
+            if not isinstance(beyond, rope.Switch):
+                continue
+            if num_tokens <= beyond.limit < max_tokens:
+                raise UserError(
+                    f"a prompt of {num_tokens} tokens and {max_tokens - num_tokens} "
+                    f"new ones pass {beyond.limit} tokens, where this model's rotary "
+                    "embeddings change (longrope); shorten one of them, or give a "
+                    f"prompt longer than {beyond.limit}"
+                )

@@ -17,8 +17,24 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
+
+
+def normal(std: float, cutoff: float | None = None) -> Initializer:
+    """Normal numbers; none beyond `cutoff` times `std`, which is `std` before cutting.
+
+    Args:
+      std: Standard deviation.
+      cutoff: None cuts nothing.
+    """
+    if cutoff is None:
+        return jax.nn.initializers.normal(std)
+    return jax.nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +77,10 @@ class Linear(nnx.Module):
         *,
         bias: bool,
         std: float,
+        cutoff: float | None = None,
     ):
         self.name = name
-        self.weight = make(sizes, axes, jax.nn.initializers.normal(std))
+        self.weight = make(sizes, axes, normal(std, cutoff))
         self.bias = nnx.data(
             make(sizes[:1], axes[:1], jax.nn.initializers.zeros) if bias else None
         )
@@ -87,17 +104,30 @@ def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (Zhang and Sennrich 2019, equation 4)."""
+    """Root-mean-square norm in float32 (Zhang and Sennrich 2019, equation 4).
 
-    def __init__(self, make: Maker, size: int, *, eps: float):
-        self.weight = make((size,), ("norm",), jax.nn.initializers.ones)
+    Families differ in where they round: with an `offset` the product with the weight
+    is float32 too (OLMo-2), and the weight is stored less that offset (Gemma: 1).
+    """
+
+    def __init__(
+        self, make: Maker, size: int, *, eps: float, offset: float | None = None
+    ):
+        start = jax.nn.initializers.constant(1.0 - (offset or 0.0))
+        self.weight = make((size,), ("norm",), start)
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normed * _broadcast(self.weight[...].astype(x.dtype), normed)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        if self.offset is None:
+            normed = normed.astype(x.dtype)
+        weight = self.weight[...].astype(normed.dtype)
+        if self.offset:
+            weight = weight + self.offset
+        return (normed * _broadcast(weight, normed)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -122,16 +152,37 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, (V, D)."""
+    """A table of vectors, (V, D); newly made, that of `padding_id` is zero."""
 
-    def __init__(self, make: Maker, vocab_size: int, size: int, *, std: float):
-        init = jax.nn.initializers.normal(std)
-        self.weight = make((vocab_size, size), ("vocab", "embed"), init)
+    def __init__(
+        self,
+        make: Maker,
+        vocab_size: int,
+        size: int,
+        *,
+        std: float,
+        cutoff: float | None = None,
+        axis: str = "vocab",
+        padding_id: int | None = None,
+    ):
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            drawn = normal(std, cutoff)(key, shape, dtype)
+            return drawn if padding_id is None else drawn.at[..., padding_id, :].set(0)
+
+        self.weight = make((vocab_size, size), (axis, "embed"), init)
 
     def __call__(
         self, ids: Int[Array, "*B"], dtype: jax.typing.DTypeLike
     ) -> Float[Array, "*B D"]:
         return self.weight[...].astype(dtype)[ids]
+
+
+def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the numbers and scales the others up; nothing without rng."""
+    if rng is None or not rate:
+        return x
+    kept = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 class GatedMLP(nnx.Module):

@@ -4,36 +4,45 @@ Source: `transformers/models/llama` and `transformers/models/mistral`.
 """
 
 from fjft.models import rope
-from fjft.models.decoder import Architecture, Decoder, rows
+from fjft.models.block import Architecture, Kind
+from fjft.models.decoder import Decoder
 from fjft.models.fields import Fields
-
-__all__ = ["MODEL", "architecture", "rows"]
+from fjft.models.names import (
+    LLAMA_ATTENTION,
+    LLAMA_MLP,
+    PRE_NORMS,
+    Names,
+    make_rows,
+    shared_numbers,
+    take_activation,
+)
+from fjft.models.weights import Row
 
 MODEL = Decoder
+NAMES = Names(parts=PRE_NORMS | LLAMA_ATTENTION | LLAMA_MLP)
 
 
 def architecture(fields: Fields) -> Architecture:
     """Reads the config of a `llama` or `mistral` checkpoint."""
     mistral = fields.model_type == "mistral"
     window = fields.take("sliding_window") if mistral else None
-    attention_bias = False if mistral else fields.take("attention_bias")
+    bias = False if mistral else fields.take("attention_bias")
     head_dim = fields.take("head_dim")
-    fields.expect("attention_dropout", 0.0)
-    return Architecture(
-        vocab_size=fields.take("vocab_size"),
-        hidden_size=fields.take("hidden_size"),
-        intermediate_size=fields.take("intermediate_size"),
-        num_heads=fields.take("num_attention_heads"),
-        num_kv_heads=fields.take("num_key_value_heads"),
-        head_dim=head_dim,
-        windows=(window,) * fields.take("num_hidden_layers"),
-        frequencies=rope.inverse_frequencies(fields.take("rope_parameters"), head_dim),
-        activation=fields.take("hidden_act"),
-        rms_norm_eps=fields.take("rms_norm_eps"),
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=False if mistral else fields.take("mlp_bias"),
-        qk_norm=False,
-        tie_word_embeddings=fields.take("tie_word_embeddings"),
-        initializer_range=fields.take("initializer_range"),
+    positions = rope.from_config(
+        fields.take("rope_parameters"), head_dim, fields.take("max_position_embeddings")
     )
+    return Architecture(
+        **shared_numbers(fields),
+        head_dim=head_dim,
+        kinds=(Kind(window, positions),) * fields.take("num_hidden_layers"),
+        activation=take_activation(fields),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=False if mistral else fields.take("mlp_bias"),
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def rows(arch: Architecture) -> tuple[Row, ...]:
+    """Hugging Face's names."""
+    return make_rows(arch, NAMES)

@@ -4,45 +4,58 @@ Source: `transformers/models/qwen2` and `transformers/models/qwen3`.
 """
 
 from fjft.models import rope
-from fjft.models.decoder import Architecture, Decoder, rows
+from fjft.models.block import Architecture, Kind
+from fjft.models.decoder import Decoder
 from fjft.models.fields import Fields
-
-__all__ = ["MODEL", "architecture", "rows"]
+from fjft.models.names import (
+    LLAMA_ATTENTION,
+    LLAMA_MLP,
+    PRE_NORMS,
+    QK_NORMS,
+    Names,
+    make_rows,
+    shared_numbers,
+    take_activation,
+    take_windows,
+)
+from fjft.models.weights import Row
 
 MODEL = Decoder
+NAMES = Names(parts=PRE_NORMS | LLAMA_ATTENTION | QK_NORMS | LLAMA_MLP)
 
 
 def architecture(fields: Fields) -> Architecture:
     """Reads the config of a `qwen2` or `qwen3` checkpoint."""
     qwen3 = fields.model_type == "qwen3"
-    hidden_size = fields.take("hidden_size")
-    num_heads = fields.take("num_attention_heads")
-    head_dim = fields.take("head_dim") if qwen3 else hidden_size // num_heads
-    window = fields.take("sliding_window")
-    # transformers works `layer_types` out of these two.
-    fields.take("use_sliding_window")
-    fields.take("max_window_layers")
-    fields.take("num_hidden_layers")
-    fields.expect("attention_dropout", 0.0)
-    attention_bias = fields.take("attention_bias") if qwen3 else False
-    return Architecture(
-        vocab_size=fields.take("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.take("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=fields.take("num_key_value_heads"),
-        head_dim=head_dim,
-        windows=tuple(
-            window if kind == "sliding_attention" else None
-            for kind in fields.take("layer_types")
-        ),
-        frequencies=rope.inverse_frequencies(fields.take("rope_parameters"), head_dim),
-        activation=fields.take("hidden_act"),
-        rms_norm_eps=fields.take("rms_norm_eps"),
-        qkv_bias=attention_bias if qwen3 else True,
-        o_bias=attention_bias,
-        mlp_bias=False,
-        qk_norm=qwen3,
-        tie_word_embeddings=fields.take("tie_word_embeddings"),
-        initializer_range=fields.take("initializer_range"),
+    numbers = shared_numbers(fields)
+    # Qwen2's config class does not declare it, but its attention asks for it.
+    head_dim = (
+        fields.take("head_dim")
+        if qwen3
+        else fields.undeclared(
+            "head_dim", numbers["hidden_size"] // numbers["num_heads"]
+        )
     )
+    positions = rope.from_config(
+        fields.take("rope_parameters"), head_dim, fields.take("max_position_embeddings")
+    )
+    # transformers works `layer_types` out of these two.
+    fields.ignore("use_sliding_window", "max_window_layers")
+    bias = fields.take("attention_bias") if qwen3 else False
+    windows = take_windows(fields, fields.take("sliding_window"))
+    return Architecture(
+        **numbers,
+        head_dim=head_dim,
+        kinds=tuple(Kind(window, positions) for window in windows),
+        activation=take_activation(fields),
+        qkv_bias=bias if qwen3 else True,
+        o_bias=bias,
+        mlp_bias=False,
+        attention_scale=head_dim**-0.5,
+        qk_norm="head" if qwen3 else None,
+    )
+
+
+def rows(arch: Architecture) -> tuple[Row, ...]:
+    """Hugging Face's names."""
+    return make_rows(arch, NAMES)

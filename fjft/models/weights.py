@@ -24,8 +24,11 @@ class Row:
       path: The parameter's path in our model; what stands before `.{}` is a `Stack`.
       experts: The number of experts stacked behind the layers, 0 for none.
       transpose: Whether the checkpoint has a matrix the other way round, (in, out).
-      aliases: Names under which a checkpoint may hold the same values once more; they
-        are passed over.
+      aliases: Names under which a checkpoint may hold the same values instead, read in
+        this order if `hf` is missing, or once more, and then passed over.
+      head: Whether it is a part of the head, which a checkpoint may lack.
+      group_size: 0, or how many layers a group has where the checkpoint counts them in
+        groups: then `hf` has a `{}` for the group and one for the layer in it.
     """
 
     hf: str
@@ -33,6 +36,23 @@ class Row:
     experts: int = 0
     transpose: bool = False
     aliases: tuple[str, ...] = ()
+    head: bool = False
+    group_size: int = 0
+
+
+def linear_rows(hf: str, path: str, *, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a linear map: its weight and, if it has one, its bias."""
+    leaves = ("weight", "bias") if bias else ("weight",)
+    return tuple(Row(f"{hf}.{leaf}", f"{path}.{leaf}") for leaf in leaves)
+
+
+def norm_rows(hf: str, path: str, *, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a norm, which the oldest checkpoints call gamma and beta."""
+    leaves = {"weight": "gamma"} | ({"bias": "beta"} if bias else {})
+    return tuple(
+        Row(f"{hf}.{leaf}", f"{path}.{leaf}", aliases=(f"{hf}.{old}",))
+        for leaf, old in leaves.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +64,16 @@ class Site:
       hf_names: The Hugging Face tensors, in the order in which they are stacked.
       lead: The leading axes they are stacked over: `()`, `(L,)` or `(L, experts)`.
       transpose: Whether each of them is the transpose of ours.
-      aliases: Names to pass over.
+      aliases: For each of the tensors, the other names it may have.
+      head: Whether it is a part of the head.
     """
 
     path: str
     hf_names: tuple[str, ...]
     lead: tuple[int, ...]
     transpose: bool = False
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, ...], ...] = ()
+    head: bool = False
 
     @property
     def module(self) -> str:
@@ -76,13 +98,18 @@ class Site:
 
 def module_at(model: nnx.Module, path: str) -> Any:
     """The submodule or parameter at a dotted path."""
+    found: Any = model
     for key in path.split("."):
-        model = model[int(key)] if key.isdigit() else getattr(model, key)
-    return model
+        found = found[int(key)] if key.isdigit() else getattr(found, key)
+    return found
 
 
 def sites(rows: Iterable[Row], model: nnx.Module) -> list[Site]:
-    """Lays a table out over the stacks of one model, in the table's order."""
+    """Lays a table out over the stacks of one model, in the table's order.
+
+    A stacked layer that has None where others have the row's module is left out, as
+    the first layer of a model may lack a norm.
+    """
     found = []
     for row in rows:
         prefix, is_stacked, rest = row.path.partition(".{}.")
@@ -93,18 +120,26 @@ def sites(rows: Iterable[Row], model: nnx.Module) -> list[Site]:
         stack: Stack = module_at(model, prefix)
         for number, layers in enumerate(stack.layers):
             path = f"{prefix}.blocks.{number}.{rest}"
+            if _is_left_out(model, path):
+                continue
             found.append(_site(row, path, [(n,) for n in layers], experts))
     return found
 
 
+def _is_left_out(model: nnx.Module, path: str) -> bool:
+    keys = path.split(".")
+    parts = [".".join(keys[: i + 1]) for i in range(len(keys))]
+    return any(module_at(model, part) is None for part in parts)
+
+
 def _site(row: Row, path: str, layers: list[tuple], experts: tuple[int, ...]) -> Site:
     numbers = [
-        (*layer, *expert)
+        (*(divmod(layer[0], row.group_size) if row.group_size else layer), *expert)
         for layer in layers
         for expert in itertools.product(*map(range, experts))
     ]
     lead = ((len(layers),) if layers != [()] else ()) + experts
     names = tuple(row.hf.format(*number) for number in numbers)
     assert len(names) == math.prod(lead)
-    aliases = tuple(a.format(*n) for a in row.aliases for n in numbers)
-    return Site(path, names, lead, row.transpose, aliases)
+    aliases = tuple(tuple(a.format(*n) for a in row.aliases) for n in numbers)
+    return Site(path, names, lead, row.transpose, aliases, row.head)

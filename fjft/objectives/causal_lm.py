@@ -56,12 +56,17 @@ def loss(
 ) -> Sums:
     """Sums of the loss over all trained tokens of a batch.
 
+    In training the balance of a model's experts is a part of it, if its config asks
+    for that with `output_router_logits`: `router_aux_loss_coef` times the loss of this
+    batch's tokens, for each trained one of them, so that it joins their mean. It is no
+    sum over tokens, so it sees a microbatch at a time, as in transformers.
+
     Args:
-      model: A decoder: `embed`, `backbone` and `unembedding`.
+      model: A `Decoder`.
       batch: `input_ids`, `positions`, `segment_ids`, `labels`, each Int32[B, T].
       config: Options.
       rng: Turns on what is random in training: dropout and embedding noise. None is
-        evaluation, in which labels are not smoothed either.
+        evaluation, in which labels are not smoothed either and no balance counts.
       remat: What the backward pass recomputes.
     """
     segment_ids = batch["segment_ids"]
@@ -71,18 +76,24 @@ def loss(
         x_BTD = x_BTD + _noise(
             noise_rng, x_BTD, segment_ids, config.neftune_noise_alpha
         )
-    x_BTD, _ = model.backbone(
-        x_BTD, batch["positions"], segment_ids, rng=rng, remat=remat
-    )
+    place = batch["positions"], segment_ids
+    balance = jnp.zeros((), jnp.float32)
+    if rng is not None and model.balance_coefficient:
+        x_BTD, load = model.backbone_and_load(x_BTD, *place, rng=rng, remat=remat)
+        balance = model.balance_loss(load)
+    else:
+        x_BTD, _ = model.backbone(x_BTD, *place, rng=rng, remat=remat)
     targets, trained = next_tokens(batch["labels"], segment_ids)
-    return cross_entropy_sums(
+    sums = cross_entropy_sums(
         x_BTD,
         model.unembedding,
         targets,
         trained.astype(jnp.float32),
         chunks=Chunks(config.chunk_tokens, config.chunk_vocab_parts),
         label_smoothing=0.0 if rng is None else config.label_smoothing,
+        softcap=model.logit_softcap,
     )
+    return sums._replace(loss=sums.loss + balance * sums.weight)
 
 
 def _noise(

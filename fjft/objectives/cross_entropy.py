@@ -47,6 +47,7 @@ def cross_entropy_sums(
     *,
     chunks: Chunks,
     label_smoothing: float = 0.0,
+    softcap: float | None = None,
 ) -> Sums:
     """Sums of the cross-entropy of `hidden @ projection.T` against `targets`.
 
@@ -64,6 +65,7 @@ def cross_entropy_sums(
       weights_BT: float32 weight of each token.
       chunks: Sizes of the pieces.
       label_smoothing: Share of the target's mass that is spread over the vocabulary.
+      softcap: Logits are bent into (-softcap, softcap) by a tanh; None leaves them.
     """
     T = hidden_BTD.shape[1]
     steps = T // _chunk_length(hidden_BTD.shape[0], T, chunks.tokens)
@@ -72,14 +74,16 @@ def cross_entropy_sums(
         return x.reshape(x.shape[0], steps, T // steps, *x.shape[2:]).swapaxes(0, 1)
 
     parts = _smallest_divisor(projection_VD.shape[0], at_least=chunks.vocab_parts)
-    loss, correct = _sums(
+    sums: Any = _sums(
         cut(hidden_BTD),
         projection_VD,
         cut(targets_BT),
         cut(weights_BT),
         parts,
         label_smoothing,
+        softcap,
     )
+    loss, correct = sums
     return Sums(loss, jnp.sum(weights_BT), correct)
 
 
@@ -112,36 +116,48 @@ class _Parts(NamedTuple):
     start: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sums(hidden, projection, targets, weights, num_parts, smoothing):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(hidden, projection, targets, weights, num_parts, smoothing, softcap):
     """Loss and correct sums; hidden is [steps, B, C, D], targets [steps, B, C]."""
     parts = _cut_vocabulary(projection, num_parts)
 
-    def chunk(carry, xs):
-        _, loss, correct = _chunk_loss(*xs, parts, smoothing)
+    def chunk(carry: Any, xs: Any) -> Any:
+        hidden, targets, weights = xs
+        _, loss, correct = _chunk_loss(
+            hidden, targets, weights, parts, smoothing, softcap
+        )
         return (carry[0] + loss, carry[1] + correct), None
 
     return jax.lax.scan(chunk, _zeros(2), (hidden, targets, weights))[0]
 
 
-def _sums_forward(hidden, projection, targets, weights, num_parts, smoothing):
+def _sums_forward(hidden, projection, targets, weights, num_parts, smoothing, softcap):
     wants_projection = projection.perturbed
     hidden, projection, targets, weights = (
         x.value for x in (hidden, projection, targets, weights)
     )
     parts = _cut_vocabulary(projection, num_parts)
 
-    def chunk(carry, xs):
-        sums, grad_parts = carry
-        log_norm, loss, correct = _chunk_loss(*xs, parts, smoothing)
+    def chunk(carry: Any, xs: Any) -> Any:
+        (sums, grad_parts), (hidden, targets, weights) = carry, xs
+        log_norm, loss, correct = _chunk_loss(
+            hidden, targets, weights, parts, smoothing, softcap
+        )
         grad_hidden, grad_parts = _chunk_gradients(
-            *xs, parts, log_norm, smoothing, grad_parts
+            hidden,
+            targets,
+            weights,
+            parts,
+            log_norm,
+            smoothing,
+            softcap,
+            grad_parts,
         )
         return ((sums[0] + loss, sums[1] + correct), grad_parts), grad_hidden
 
-    grad_parts = (
-        jnp.zeros(parts.weight.shape, jnp.float32) if wants_projection else None
-    )
+    grad_parts: Any = None
+    if wants_projection:
+        grad_parts = jnp.zeros(parts.weight.shape, jnp.float32)
     (sums, grad_parts), grad_hidden = jax.lax.scan(
         chunk, (_zeros(2), grad_parts), (hidden, targets, weights)
     )
@@ -150,7 +166,7 @@ def _sums_forward(hidden, projection, targets, weights, num_parts, smoothing):
     return sums, (grad_hidden, grad_parts)
 
 
-def _sums_backward(num_parts, smoothing, gradients, cotangents):
+def _sums_backward(num_parts, smoothing, softcap, gradients, cotangents):
     scale = cotangents[0]
 
     def scaled(gradient):
@@ -175,11 +191,11 @@ def _cut_vocabulary(projection_VD: jax.Array, num_parts: int) -> _Parts:
     return _Parts(projection_VD.reshape(num_parts, V // num_parts, D), starts)
 
 
-def _chunk_loss(hidden, targets, weights, parts, smoothing):
+def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
     """The log-normalizer [B, C], and the sums of loss and correct, of one chunk."""
 
     def add_part(stats, part):
-        logits = _logits(hidden, part.weight)
+        logits = _logits(hidden, part.weight, softcap)
         highest = jnp.maximum(stats.highest, jnp.max(logits, axis=-1))
         shifted = jnp.exp(logits - highest[..., None])
         return _Stats(
@@ -203,15 +219,19 @@ def _chunk_loss(hidden, targets, weights, parts, smoothing):
     return log_norm, jnp.sum(loss * weights), jnp.sum(jnp.where(correct, weights, 0))
 
 
-def _chunk_gradients(hidden, targets, weights, parts, log_norm, smoothing, grad_parts):
+def _chunk_gradients(
+    hidden, targets, weights, parts, log_norm, smoothing, softcap, grad_parts
+):
     """Gradients of one chunk's loss; adds the projection's to `grad_parts`, if any."""
     vocab_size = parts.weight.shape[0] * parts.weight.shape[1]
 
     def add_part(grad_hidden, xs):
         part, grad_part = xs
-        logits = _logits(hidden, part.weight)
+        logits = _logits(hidden, part.weight, softcap)
         wanted = jnp.where(_is_target(logits, targets, part), 1 - smoothing, 0)
         error = jnp.exp(logits - log_norm[..., None]) - wanted - smoothing / vocab_size
+        if softcap is not None:
+            error = error * (1 - jnp.square(logits / softcap))
         error = (error * weights[..., None]).astype(hidden.dtype)
         grad_hidden = grad_hidden + jnp.einsum(
             "BCV,VD->BCD",
@@ -230,13 +250,16 @@ def _chunk_gradients(hidden, targets, weights, parts, log_norm, smoothing, grad_
     return grad_hidden.astype(hidden.dtype), grad_parts
 
 
-def _logits(hidden_BCD: jax.Array, weight_VD: jax.Array) -> jax.Array:
-    return jnp.einsum(
+def _logits(
+    hidden_BCD: jax.Array, weight_VD: jax.Array, softcap: float | None
+) -> jax.Array:
+    logits = jnp.einsum(
         "BCD,VD->BCV",
         hidden_BCD,
         weight_VD.astype(hidden_BCD.dtype),
         preferred_element_type=jnp.float32,
     )
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array, part: _Parts) -> jax.Array:

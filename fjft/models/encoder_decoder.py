@@ -1,0 +1,412 @@
+"""What encoder-decoders share: two stacks, the model around them, its cache."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from fjft.errors import UserError
+from fjft.models.attention import attention_mask
+from fjft.models.cache import Cache, init_cache
+from fjft.models.cross_block import Architecture, Block, View, make_norm
+from fjft.models.encoder import restarting_positions
+from fjft.models.layers import (
+    REMAT_POLICIES,
+    Embedding,
+    Linear,
+    Maker,
+    Stack,
+    dropout,
+)
+from fjft.models.positions import RelativeBias, sinusoids
+from fjft.sharding import constrain
+
+IGNORED = -100  # Hugging Face's label for "not trained"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the encoder made of its tokens, for the decoder to look at.
+
+    Attributes:
+      states: Float[B, E, D].
+      segment_ids: Int32[B, E]; the decoder's segment n sees those of segment n.
+    """
+
+    states: Float[Array, "B E D"]
+    segment_ids: Int[Array, "B E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderCache:
+    """Keys and values of the decoder's tokens so far, and of all the encoder's.
+
+    Attributes:
+      tokens: The decoder's own.
+      source: The encoder's, worked out once.
+    """
+
+    tokens: Cache
+    source: Cache
+
+
+class Half(nnx.Module):
+    """One of the two stacks, with what stands before and after its layers."""
+
+    def __init__(
+        self,
+        make: Maker,
+        arch: Architecture,
+        *,
+        is_decoder: bool,
+        cuts: tuple[int, ...] = (),
+    ):
+        side = arch.decoder if is_decoder else arch.encoder
+        positions = relative = None
+        if arch.positions == "learned":
+            rows = arch.num_positions + arch.position_offset
+            std = arch.stds.embedding
+            positions = Embedding(
+                make, rows, arch.hidden_size, std=std, axis="positions"
+            )
+        if arch.positions == "relative":
+            relative = RelativeBias(
+                make,
+                arch.num_buckets,
+                side.num_heads,
+                max_distance=arch.max_distance,
+                bidirectional=not is_decoder,
+                std=arch.stds.relative_bias,
+            )
+        self.positions, self.relative_bias = nnx.data(positions), nnx.data(relative)
+        self.embedding_norm = nnx.data(
+            make_norm(make, arch) if arch.embedding_norm else None
+        )
+        self.layers = Stack(
+            make,
+            lambda make, _: Block(make, arch, side, has_cross=is_decoder),
+            (None,) * side.num_layers,
+            cuts,
+        )
+        self.norm = nnx.data(make_norm(make, arch) if arch.final_norm else None)
+        self.is_decoder = is_decoder
+        self.arch = arch
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        memory: Memory | None,
+        cache: EncoderDecoderCache | None,
+        rng: Key[Array, ""] | None,
+        remat: str,
+    ) -> tuple[Float[Array, "B T D"], EncoderDecoderCache | None]:
+        """Token vectors in, hidden states out; see `EncoderDecoder.backbone`."""
+        rates = self.arch.dropout
+        keys: Any = (None,) * 3 if rng is None else tuple(jax.random.split(rng, 3))
+        tokens = None if cache is None else cache.tokens
+        if tokens is not None:
+            tokens = tokens.reserve(positions_BT, segment_ids_BT)
+        view = self._view(positions_BT, segment_ids_BT, memory, cache, tokens)
+        source = memory.states if memory is not None else cache and cache.source
+        if self.arch.positions != "relative":
+            x_BTD = x_BTD + self._position_vectors(positions_BT, x_BTD.dtype)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = dropout(x_BTD, rates.residual, keys[0])
+
+        def body(block, carry, layer):
+            x, tokens = carry
+            key = None if rng is None else jax.random.fold_in(keys[1], layer)
+            return block(x, view, layer, tokens, source, key)
+
+        x_BTD, tokens = self.layers.scan(body, (x_BTD, tokens), REMAT_POLICIES[remat])
+        if cache is not None:
+            tokens = tokens.advance(positions_BT.shape[1])
+            cache = dataclasses.replace(cache, tokens=tokens)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return dropout(x_BTD, rates.output, keys[2]), cache
+
+    def _view(
+        self,
+        positions: jax.Array,
+        segments: jax.Array,
+        memory: Memory | None,
+        cache: EncoderDecoderCache | None,
+        tokens: Cache | None,
+    ) -> View:
+        kv = (positions, segments)
+        if tokens is not None:
+            kv = tokens.positions, tokens.segment_ids
+        mask = attention_mask(
+            positions, segments, *kv, window=None, causal=self.is_decoder
+        )
+        bias = source_mask = None
+        if self.relative_bias is not None:
+            bias = self.relative_bias(positions, kv[0])
+        if self.is_decoder:
+            seen = memory or (cache and cache.source)
+            if seen is None:
+                raise UserError("the decoder needs what it decodes: memory= or cache=")
+            ids = seen.segment_ids
+            source_mask = attention_mask(
+                positions, segments, ids, ids, window=None, causal=False
+            )
+        return View(mask, bias, source_mask)
+
+    def _position_vectors(
+        self, positions_BT: jax.Array, dtype: jax.typing.DTypeLike
+    ) -> jax.Array:
+        """A position beyond the table becomes NaN, rather than the last one's."""
+        if self.positions is None:
+            table = jnp.asarray(
+                sinusoids(self.arch.num_positions, self.arch.hidden_size), dtype
+            )
+        else:
+            table = self.positions.weight[...].astype(dtype)
+        rows = positions_BT + self.arch.position_offset
+        return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+class EncoderDecoder(nnx.Module):
+    """A model that reads one text and writes another.
+
+    `model(input_ids, decoder_input_ids=...)` gives logits; training and decoding call
+    its parts: `encode`, `embed`, `backbone`, `unembed`. The decoder is what methods
+    mean by the model's layers: cuts are cuts of its stack.
+
+    Attributes:
+      arch: The numbers it was built from.
+      provenance: Where its weights came from, set by whoever loads them.
+      compute_dtype: Type of the activations; weights are cast to it where used.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        make: Maker,
+        compute_dtype: jax.typing.DTypeLike,
+        cuts: tuple[int, ...] = (),
+    ):
+        size, std = arch.hidden_size, arch.stds.embedding
+        padding = arch.pad_token_id if arch.pads_embedding else None
+        vocab_size = arch.decoder_vocab_size
+        self.embedding = Embedding(
+            make, arch.vocab_size, size, std=std, padding_id=padding
+        )
+        self.encoder = Half(make, arch, is_decoder=False)
+        self.decoder_embedding = nnx.data(
+            None
+            if arch.shares_embeddings
+            else Embedding(make, vocab_size, size, std=std, padding_id=padding)
+        )
+        self.decoder = Half(make, arch, is_decoder=True, cuts=cuts)
+        self.lm_head = nnx.data(
+            None
+            if arch.ties_head
+            else Linear(
+                make,
+                "lm_head",
+                (vocab_size, size),
+                ("vocab", "embed"),
+                bias=False,
+                std=std,
+            )
+        )
+        zeros = jax.nn.initializers.zeros
+        self.bias = nnx.data(
+            make((1, vocab_size), (None, "vocab"), zeros)
+            if arch.has_logits_bias
+            else None
+        )
+        self.arch = arch
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.provenance: Any = None
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B E"],
+        positions: Int[Array, "B E"] | None = None,
+        segment_ids: Int[Array, "B E"] | None = None,
+        decoder_input_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the decoder's next token.
+
+        Args:
+          input_ids: What the encoder reads.
+          positions: 0, 1, 2, ... in every segment, as they are when None.
+          segment_ids: All 1 when None; 0 is padding, and segments do not see each
+            other.
+          decoder_input_ids: What the decoder has written so far, or in training
+            `shift_tokens_right` of the labels.
+          decoder_segment_ids: The same for these; segment n reads the encoder's
+            segment n.
+          decoder_positions: The same for these.
+
+        Raises:
+          UserError: There are no `decoder_input_ids`.
+        """
+        if decoder_input_ids is None:
+            raise UserError(
+                "an encoder-decoder needs decoder_input_ids, those written so far; "
+                "in training, shift_tokens_right of the labels"
+            )
+        memory = self.encode(input_ids, positions, segment_ids)
+        positions, segments = _places(
+            decoder_input_ids, decoder_positions, decoder_segment_ids
+        )
+        x_BTD = self.embed(decoder_input_ids)
+        x_BTD, _ = self.backbone(x_BTD, positions, segments, memory=memory)
+        return self.unembed(x_BTD)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the checkpoint it was loaded from."""
+        return self.provenance.files.config
+
+    def encode(
+        self,
+        input_ids_BE: Int[Array, "B E"],
+        positions_BE: Int[Array, "B E"] | None = None,
+        segment_ids_BE: Int[Array, "B E"] | None = None,
+        *,
+        rng: Key[Array, ""] | None = None,
+        remat: str = "none",
+    ) -> Memory:
+        """Reads the source; arguments as in `__call__` and `backbone`."""
+        positions, segments = _places(input_ids_BE, positions_BE, segment_ids_BE)
+        x_BED = self._look_up(self.embedding, input_ids_BE)
+        x_BED, _ = self.encoder(x_BED, positions, segments, None, None, rng, remat)
+        return Memory(x_BED, segments)
+
+    def embed(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Vectors of the decoder's tokens, in the compute dtype."""
+        return self._look_up(self._decoder_table, input_ids_BT)
+
+    @property
+    def _decoder_table(self) -> Embedding:
+        own = self.decoder_embedding
+        return self.embedding if own is None else own
+
+    def _look_up(self, embedding: Embedding, ids: jax.Array) -> jax.Array:
+        x = embedding(ids, self.compute_dtype)
+        if self.arch.pads_embedding:
+            is_padding = (ids == self.arch.pad_token_id)[..., None]
+            x = jnp.where(is_padding, jax.lax.stop_gradient(x), x)
+        if self.arch.embedding_scale != 1:
+            x = x * jnp.asarray(self.arch.embedding_scale, x.dtype)
+        return constrain(x, "batch", None, None)
+
+    def backbone(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        *,
+        memory: Memory | None = None,
+        cache: EncoderDecoderCache | None = None,
+        rng: Key[Array, ""] | None = None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B T D"], EncoderDecoderCache | None]:
+        """The decoder's layers, and all up to the product with `unembedding`.
+
+        Args:
+          x_BTD: Vectors of the decoder's tokens.
+          positions_BT: Positions; restart in every segment.
+          segment_ids_BT: Segments; 0 is padding.
+          memory: What the encoder made; either this or `cache`.
+          cache: The same as keys and values, with those of earlier tokens, which these
+            tokens see and join.
+          rng: Turns dropout on where there is any.
+          remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
+
+        Raises:
+          UserError: There is neither memory nor cache.
+        """
+        x_BTD, cache = self.decoder(
+            x_BTD, positions_BT, segment_ids_BT, memory, cache, rng, remat
+        )
+        if self.arch.logit_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.arch.logit_scale, x_BTD.dtype)
+        return x_BTD, cache
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, in the compute dtype."""
+        if self.lm_head is not None:
+            logits = self.lm_head(x_BTD)
+        else:
+            weight_VD = self.unembedding.astype(x_BTD.dtype)
+            logits = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+        bias = self.logits_bias
+        return (
+            logits if bias is None else logits + bias.astype(logits.dtype)[None, None]
+        )
+
+    @property
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits."""
+        table = self._decoder_table if self.lm_head is None else self.lm_head
+        return table.weight[...]
+
+    @property
+    def logits_bias(self) -> Float[Array, "V"] | None:
+        """What is then added to them; never trained."""
+        return None if self.bias is None else jax.lax.stop_gradient(self.bias[0])
+
+    def init_cache(self, memory: Memory, num_slots: int) -> EncoderDecoderCache:
+        """A cache with the source's keys and values and `num_slots` empty slots."""
+        B, E, _ = memory.states.shape
+        side = self.arch.decoder
+        shape = side.num_heads, side.head_dim, self.compute_dtype
+        source = init_cache(side.num_layers, B, E, *shape)
+        source = source.reserve(jnp.zeros_like(memory.segment_ids), memory.segment_ids)
+
+        def body(block, source, layer):
+            return source.write(layer, *block.cross.keys_values(memory.states, None))
+
+        source = self.decoder.layers.scan(body, source).advance(E)
+        tokens = init_cache(side.num_layers, B, num_slots, *shape)
+        return EncoderDecoderCache(tokens, source)
+
+
+def shift_tokens_right(
+    labels_BT: Int[Array, "B T"], arch: Architecture
+) -> Int[Array, "B T"]:
+    """What the decoder reads to write `labels`: a start token, then all but the last.
+
+    With labels `[7, 8, 2]` and start 5 it is `[5, 7, 8]`; a row of a model that starts
+    with the row's own last token (mBART, where that names the language) is `[2, 7, 8]`.
+    Labels that are not trained, -100, become padding.
+
+    Raises:
+      UserError: The config has no `pad_token_id`.
+    """
+    if arch.pad_token_id is None:
+        raise UserError("the config has no pad_token_id, which the decoder needs")
+    ids_BT = jnp.where(labels_BT == IGNORED, arch.pad_token_id, labels_BT)
+    if arch.start_id is not None:
+        start_B1 = jnp.full_like(ids_BT[:, :1], arch.start_id)
+    else:
+        last_B1 = jnp.sum(ids_BT != arch.pad_token_id, axis=1, keepdims=True) - 1
+        start_B1 = jnp.take_along_axis(ids_BT, last_B1, axis=1)
+    return jnp.concatenate([start_B1, ids_BT[:, :-1]], axis=1)
+
+
+def _places(
+    ids: jax.Array, positions: jax.Array | None, segments: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments, worked out where they are None; padding is at 0."""
+    if segments is None:
+        segments = jnp.ones_like(ids)
+    if positions is None:
+        positions = restarting_positions(segments)
+    return jnp.where(segments == 0, 0, positions), segments
