@@ -16,12 +16,13 @@ from fjft.checkpoint.huggingface import Provenance
 from fjft.checkpoint.safetensors import open_safetensors
 from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
 from fjft.errors import UserError
+from fjft.models.heads import of_model, task_type
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def save_adapter(model: nnx.Module, directory: str | Path) -> None:
+def save_adapter(model: Any, directory: str | Path) -> None:
     """Writes a directory that `peft` loads on top of the same base model.
 
     Raises:
@@ -51,7 +52,7 @@ def save_adapter(model: nnx.Module, directory: str | Path) -> None:
     write_safetensors(directory / WEIGHTS_NAME, tensors)
     described = {
         "peft_type": method.PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(of_model(model)),
         "base_model_name_or_path": provenance.files.source,
         "inference_mode": True,
         **method.peft_config(model, provenance.sites, config),
@@ -60,13 +61,14 @@ def save_adapter(model: nnx.Module, directory: str | Path) -> None:
     (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
 
 
-def merge_adapter(model: nnx.Module) -> Any:
+def merge_adapter(model: Any) -> Any:
     """A model without adapters whose weights do what weights and adapters did.
 
     The given model is left as it is. Sums are float32, rounded to the weights' dtype
     once.
     """
     merged = tree.merge(*tree.split(model))
+    module: Any
     for _, module in list(nnx.iter_modules(merged)):
         adapter = getattr(module, "adapter", None)
         if adapter is not None:
@@ -79,7 +81,7 @@ def merge_adapter(model: nnx.Module) -> Any:
 
 
 @jax.jit
-def _merged(adapter: nnx.Module, weight: jax.Array) -> jax.Array:
+def _merged(adapter: Any, weight: jax.Array) -> jax.Array:
     return adapter.merged(weight)
 
 

@@ -10,17 +10,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from fjft import tree
 from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
 from fjft.checkpoint.source import ModelFiles, TensorSource
 from fjft.errors import UserError
+from fjft.models.heads import class_name, of_model
 from fjft.models.weights import Site
 
-# Buffers that old checkpoints carry and that every implementation works out itself.
-_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")
+# Buffers that old checkpoints carry and that every implementation works out itself,
+# and remains of old code. (A tensor that a family names is never one of them.)
+_DERIVED = re.compile(
+    r".*\.(rotary_emb\.inv_freq|masked_bias|(attn|attention)\.bias)"
+    r"|(.*\.)?embeddings\.(position_ids|token_type_ids)"
+    r"|(model\.)?(encoder|decoder)\.(embed_positions\.weight|version)"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,12 +38,31 @@ class Provenance:
       sites: Where each of its tensors lies in our model.
       method: The module in `peft/` whose adapters it carries.
       peft_config: That method's options.
+      new: Tensors of the head that the checkpoint lacks; they start from random values.
+      passed_over: Tensors of the checkpoint, of another head, that are not used.
     """
 
     files: ModelFiles
     sites: Sequence[Site]
     method: Any
     peft_config: Any
+    new: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How a checkpoint's tensors stand for a model's.
+
+    Attributes:
+      stored: The name in the checkpoint of each tensor that it has.
+      new: Tensors of the head that it lacks.
+      passed_over: Its tensors that belong to another head.
+    """
+
+    stored: Mapping[str, str]
+    new: tuple[str, ...]
+    passed_over: tuple[str, ...]
 
 
 def load_params(
@@ -56,95 +81,142 @@ def load_params(
       sites: Where its tensors lie.
       abstract: Shape and dtype of each parameter.
       shardings: How each parameter lies on the devices.
-
-    Raises:
-      UserError: A tensor is missing, superfluous or of another shape.
     """
-    check_names(files, sites, abstract)
+    stored = _stored_names(files.tensors, sites)
     return {
         site.path: _load_param(
-            files.tensors, site, abstract[site.path], shardings[site.path]
+            files.tensors, site, stored, abstract[site.path], shardings[site.path]
         )
         for site in sites
     }
 
 
-def check_names(
+def match(
     files: ModelFiles,
     sites: Sequence[Site],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
-) -> None:
+    *,
+    prefix: str | None = None,
+    may_lack_head: bool = False,
+    other_labels: bool = False,
+) -> Match:
     """Compares the checkpoint's tensors with those the model is made of.
+
+    Args:
+      files: The pretrained model.
+      sites: Where its tensors lie.
+      abstract: Shape and dtype of each parameter.
+      prefix: The name of the bare model inside one with a head; None is a family
+        that has one head, in which every superfluous tensor is an error.
+      may_lack_head: Whether the head may be new.
+      other_labels: Whether tensors of the head that have another shape are new too.
 
     Raises:
       UserError: A tensor is missing, superfluous or of another shape.
     """
     tensors = files.tensors
-    wanted = {name: site for site in sites for name in site.hf_names}
-    missing = [name for name in wanted if name not in tensors.names]
+    stored = _stored_names(tensors, sites)
+    new, missing = [], []
+    for site in sites:
+        for name in site.hf_names:
+            shape = site.hf_shape(abstract[site.path].shape)
+            if name not in stored:
+                (new if site.head and may_lack_head else missing).append(name)
+            elif tensors.shape(stored[name]) != shape:
+                if not (site.head and other_labels):
+                    raise UserError(
+                        f"{files.source}: {name} has shape "
+                        f"{tensors.shape(stored[name])}, its config asks for {shape}"
+                    )
+                del stored[name]
+                new.append(name)
     if missing:
         raise UserError(
             f"{files.source}: {len(missing)} tensors are missing, the first "
             f"is {missing[0]!r}; the checkpoint does not fit its config"
+            + (" (to start a head anew, name it: head=)" if prefix else "")
         )
-    aliases = {name for site in sites for name in site.aliases}
-    extra = [
-        name
-        for name in tensors.names
-        if name not in wanted and name not in aliases and not _DERIVED.fullmatch(name)
-    ]
-    if extra:
+    known = {n for s in sites for names in (s.hf_names, *s.aliases) for n in names}
+    extra = [n for n in tensors.names if n not in known and not _DERIVED.fullmatch(n)]
+    other = [name for name in extra if prefix and not _is_base(name, prefix, sites)]
+    if len(other) < len(extra):
+        first = sorted(set(extra) - set(other))[0]
         raise UserError(
-            f"{files.source}: {len(extra)} tensors have no place in a "
-            f"{files.config.model_type} model, the first is {sorted(extra)[0]!r}"
+            f"{files.source}: {len(extra) - len(other)} tensors have no place in a "
+            f"{files.config.model_type} model, the first is {first!r}"
         )
-    for name, site in wanted.items():
-        shape = site.hf_shape(abstract[site.path].shape)
-        if tensors.shape(name) != shape:
-            raise UserError(
-                f"{files.source}: {name} has shape {tensors.shape(name)}, "
-                f"its config asks for {shape}"
-            )
+    return Match(stored, tuple(new), tuple(sorted(other)))
+
+
+def _is_base(name: str, prefix: str, sites: Sequence[Site]) -> bool:
+    """Whether a tensor lies in one of the modules that every head stands on."""
+    inside = f"{prefix}."
+    parts = {
+        n.removeprefix(inside).split(".")[0]
+        for site in sites
+        if not site.head
+        for n in site.hf_names
+    }
+    return name.removeprefix(inside).split(".")[0] in parts
+
+
+def _stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str]:
+    """The checkpoint's name for each tensor that it has, by the model's."""
+    found = {}
+    for site in sites:
+        others = site.aliases or ((),) * len(site.hf_names)
+        for name, aliases in zip(site.hf_names, others, strict=True):
+            for candidate in (name, *aliases):
+                if candidate in tensors.names:
+                    found[name] = candidate
+                    break
+    return found
 
 
 def _load_param(
     tensors: TensorSource,
     site: Site,
+    stored: Mapping[str, str],
     abstract: jax.ShapeDtypeStruct,
     sharding: NamedSharding,
 ) -> jax.Array:
     devices_of: dict[tuple, list] = {}
     shape = abstract.shape
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
     shards = []
     for bounds, devices in devices_of.items():
         index = tuple(slice(*bound) for bound in bounds)
-        host = _read_shard(tensors, site, index, abstract.dtype)
+        host = _read_shard(tensors, site, stored, index, abstract.dtype)
         placed = [jax.device_put(host, device) for device in devices]
         shards += jax.block_until_ready(placed)
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read_shard(
-    tensors: TensorSource, site: Site, index: tuple[slice, ...], dtype: Any
+    tensors: TensorSource,
+    site: Site,
+    stored: Mapping[str, str],
+    index: tuple[slice, ...],
+    dtype: Any,
 ) -> np.ndarray:
     lead, rest = index[: len(site.lead)], index[len(site.lead) :]
     hf_index = rest[::-1] if site.transpose else rest
     if not lead:
-        part = tensors.read(site.hf_names[0], hf_index)
+        part = tensors.read(stored[site.hf_names[0]], hf_index)
         return (part.T if site.transpose else part).astype(dtype, copy=False)
     shard = np.empty([s.stop - s.start for s in index], dtype)
     for name, place in site.tensors():
         if all(s.start <= i < s.stop for i, s in zip(place, lead, strict=True)):
             here = tuple(i - s.start for i, s in zip(place, lead, strict=True))
-            part = tensors.read(name, hf_index)
+            part = tensors.read(stored[name], hf_index)
             shard[here] = part.T if site.transpose else part
     return shard
 
 
-def save_model(model: nnx.Module, directory: str | Path, dtype: Any = None) -> None:
+def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
     """Writes a Hugging Face directory: weights, configs, tokenizer, chat template.
 
     Weights that were loaded in their own dtype and not trained come back bit for bit.
@@ -172,9 +244,7 @@ def save_model(model: nnx.Module, directory: str | Path, dtype: Any = None) -> N
     tensors.sort(key=lambda tensor: _natural(tensor.name))
     write_sharded(Path(directory), tensors)
     largest = max(params.values(), key=lambda p: p.size)
-    _write_companions(
-        provenance.files, Path(directory), np.dtype(dtype or largest.dtype)
-    )
+    _write_companions(model, Path(directory), np.dtype(dtype or largest.dtype))
 
 
 def _out_tensor(
@@ -194,19 +264,21 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _write_companions(files: ModelFiles, directory: Path, dtype: np.dtype) -> None:
+def _write_companions(model: Any, directory: Path, dtype: np.dtype) -> None:
     """Everything in a Hugging Face directory that is not weights."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES,
-    )
-
+    files: ModelFiles = model.provenance.files
     config = copy.deepcopy(files.config)
     config.dtype = dtype.name
     if not config.architectures:
-        config.architectures = [CLASSES[config.model_type]]
+        config.architectures = [class_name(config.model_type, of_model(model))]
+    # Old configs hold options of generation too, with which transformers writes none.
+    options = config._get_generation_parameters()
+    for name in options:
+        delattr(config, name)
     config.save_pretrained(directory)
-    if files.generation_config is not None:
-        text = json.dumps(files.generation_config, indent=2, ensure_ascii=False)
+    generation = files.generation_config or options or None
+    if generation is not None:
+        text = json.dumps(generation, indent=2, ensure_ascii=False)
         (directory / "generation_config.json").write_text(text + "\n", "utf-8")
     try:
         tokenizer = files.load_tokenizer()

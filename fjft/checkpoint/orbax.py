@@ -107,9 +107,11 @@ class Checkpoints:
             progress=ocp.args.JsonSave(dict(progress)),
         )
         try:
-            self._manager.save(step, args=args, metrics=metrics)
+            is_saved = self._manager.save(step, args=args, metrics=metrics)
         except (OSError, ValueError, RuntimeError) as error:
             raise _write_error(self._directory, error) from error
+        if not is_saved:
+            raise RuntimeError(f"Orbax did not save step {step} in {self._directory}")
 
     def restore_progress(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
@@ -156,6 +158,63 @@ class Checkpoints:
         """Waits, and frees the background threads."""
         self.wait()
         self._manager.close()
+
+
+def saved_steps(directory: str | Path) -> list[int]:
+    """The steps that the run in `directory` has whole checkpoints of, in order."""
+    found = (Path(directory) / "checkpoints").glob("*/_CHECKPOINT_METADATA")
+    return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
+
+
+def restore_params(
+    directory: str | Path, step: int, params: tree.Params, base_digest: str
+) -> tree.Params:
+    """Reads the trained parameters of a checkpoint, without the optimizer's state.
+
+    Args:
+      directory: The run's.
+      step: Which checkpoint.
+      params: Parameters of the same shapes, laid out as they shall be.
+      base_digest: Digest of the parameters that the run did not train.
+
+    Raises:
+      UserError: There is no such checkpoint, or it is of another model.
+    """
+    import orbax.checkpoint as ocp
+
+    steps = saved_steps(directory)
+    if step not in steps:
+        found = f"those of steps {steps}" if steps else "none"
+        raise UserError(f"{directory} has no checkpoint of step {step}; it has {found}")
+    path = (Path(directory) / "checkpoints" / str(step)).absolute()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        saved = reader.restore(path / "progress")["base"]
+    if saved["digest"] != base_digest:
+        raise UserError(
+            f"checkpoint {step} of {directory} was trained on top of "
+            f"{saved['source']} with digest {saved['digest']}, this base has digest "
+            f"{base_digest}; name the same model"
+        )
+    wanted = {
+        "params": {
+            path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
+            for path, p in params.items()
+        }
+    }
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(path / "state", args=args)["params"]
+    except (ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"checkpoint {step} of {directory} does not fit this config's model and "
+            f"method ({first}); name the config that it was trained with"
+        ) from error
 
 
 def _write_error(directory: Path, error: Exception) -> Exception:

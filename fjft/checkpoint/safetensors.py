@@ -160,7 +160,8 @@ def _nothing_to_read(directory: Path, files: list[Path]) -> str:
     found = f" (found {old[0].name}, which is not read)" if old else ""
     return (
         f"{directory} holds no weights in a format that is read{found}: only "
-        f"safetensors and GGUF are; convert with transformers' save_pretrained"
+        f"safetensors, GGUF and pytorch_model.bin are; convert with transformers' "
+        f"save_pretrained"
     )
 
 

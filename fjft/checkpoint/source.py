@@ -35,6 +35,9 @@ HUB_PATTERNS = [
     "sentencepiece*.model",
 ]
 
+# Only where a repository has no safetensors: older ones hold these instead.
+BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
 # Any of these is the heart of a tokenizer.
 VOCABULARIES = [
     "tokenizer.json",
@@ -96,7 +99,7 @@ def open_model(source: str, revision: str | None = None) -> ModelFiles:
     """Opens a pretrained model; reads its config and the headers of its weights.
 
     Args:
-      source: A Hugging Face directory, a .safetensors or .gguf file, a
+      source: A Hugging Face directory, a .safetensors, .gguf or .bin file, a
         `package:NAME/path` of these, otherwise a hub id such as `org/name`.
       revision: Branch, tag or commit; for hub ids only.
 
@@ -106,10 +109,10 @@ def open_model(source: str, revision: str | None = None) -> ModelFiles:
     path = _locate(source, revision)
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(source, path)
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in (".safetensors", ".bin"):
         raise UserError(
-            f"{str(path)!r} is no model: name a directory, a .safetensors file or a "
-            f".gguf file (other formats, such as .bin, are not read)"
+            f"{str(path)!r} is no model: name a directory, a .safetensors file, a "
+            f".gguf file or a .bin file of torch (other formats are not read)"
         )
     directory = path if path.is_dir() else path.parent
     config_dict = _read_json(directory / "config.json")
@@ -120,12 +123,22 @@ def open_model(source: str, revision: str | None = None) -> ModelFiles:
     return ModelFiles(
         source=source,
         origin=directory,
-        tensors=open_safetensors(path),
+        tensors=_open_weights(path),
         config=_load_config(directory),
         config_dict=config_dict,
         generation_config=_read_json(directory / "generation_config.json"),
         load_tokenizer=lambda: _load_tokenizer(directory),
     )
+
+
+def _open_weights(path: Path) -> TensorSource:
+    """Safetensors where there are any, otherwise torch's older format."""
+    from fjft.checkpoint.torch_bin import find_bin, open_bin
+
+    if path.is_file():
+        return open_bin(path) if path.suffix == ".bin" else open_safetensors(path)
+    old = None if any(path.glob("*.safetensors")) else find_bin(path)
+    return open_safetensors(path) if old is None else open_bin(old)
 
 
 def _open_gguf(source: str, path: Path) -> ModelFiles:
@@ -159,6 +172,7 @@ def _locate(source: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) or path.suffix in (
         ".gguf",
         ".safetensors",
+        ".bin",
     ):
         raise UserError(
             f"no file or directory {source!r}; give an existing path, "
@@ -179,9 +193,13 @@ def _download(source: str, revision: str | None) -> Path:
 
     # Each arm of an error names what the user can do about it.
     try:
-        return Path(
+        directory = Path(
             snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS)
         )
+        if not any(directory.glob("*.safetensors")):
+            patterns = [*HUB_PATTERNS, *BIN_PATTERNS]
+            snapshot_download(source, revision=revision, allow_patterns=patterns)
+        return directory
     except GatedRepoError as error:
         reason: str = "is gated: accept its terms on its page and run `hf auth login`"
         cause: Exception = error

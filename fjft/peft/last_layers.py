@@ -23,7 +23,7 @@ class Config:
 
     Attributes:
       num_layers: The number of layers to train, counted from the end; the norm after
-        them is trained too.
+        them is trained too, and so is an encoder's head.
     """
 
     num_layers: int = 1
@@ -54,20 +54,19 @@ def attach(
 
 
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
-    """Parameters of the last layers, and of the norm after them."""
-    names = {name for site in sites if site.lead for name in site.hf_names}
-    total = 1 + max(_layer_number(name) for name in names)
+    """Parameters of the last layers, of the norm after them and of the head."""
+    # Of an encoder-decoder the last layers are the decoder's.
+    half = "decoder." if any(s.path.startswith("decoder.") for s in sites) else ""
+    layers = [site for site in sites if site.lead and site.path.startswith(half)]
+    total = 1 + max(_layer_number(name) for site in layers for name in site.hf_names)
+    first = total - config.num_layers
     trained = {
+        site.path for site in sites if site.path.startswith(f"{half}norm.") or site.head
+    }
+    trained |= {
         site.path
-        for site in sites
-        if site.path.startswith("norm.")
-        or (
-            site.lead
-            and all(
-                _layer_number(name) >= total - config.num_layers
-                for name in site.hf_names
-            )
-        )
+        for site in layers
+        if all(_layer_number(name) >= first for name in site.hf_names)
     }
     return trained.__contains__
 

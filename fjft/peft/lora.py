@@ -122,9 +122,7 @@ class Adapter(nnx.Module):
         if rng is not None and self.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        low = jnp.einsum("...i,Ri->...R", x, a) * self.scale[...].astype(x.dtype)
-        return y + jnp.einsum("...R,oR->...o", low, b)
+        return y + _low_rank(x, self.a[...], self.b[...], self.scale[...])
 
     def merged(self, weight: Float[Array, "*L out in"]) -> Float[Array, "*L out in"]:
         """The weight with which the map alone gives what map and adapter give."""
@@ -133,6 +131,43 @@ class Adapter(nnx.Module):
         )
         scale = self.scale[...].reshape(*self.scale.shape, 1, 1)
         return (weight.astype(jnp.float32) + delta * scale).astype(weight.dtype)
+
+
+@jax.custom_vjp
+def _low_rank(x, a, b, scale):
+    """`scale * x @ a.T @ b.T` in the type of x; a and b are float32."""
+    return _low_rank_forward(x, a, b, scale)[0]
+
+
+def _low_rank_forward(x, a, b, scale):
+    low = jnp.einsum("...i,Ri->...R", x, a.astype(x.dtype)) * scale.astype(x.dtype)
+    return jnp.einsum("...R,oR->...o", low, b.astype(x.dtype)), (x, low, a, b, scale)
+
+
+def _low_rank_backward(residuals, grad):
+    """Gradients of a and b are summed in float32 whatever the activations are.
+
+    That of b is formed as [R, out]: then the narrow factor of the product is the one
+    that has to be transposed in memory.
+    """
+    x, low, a, b, scale = residuals
+    grad_low = jnp.einsum("...o,oR->...R", grad, b.astype(grad.dtype))
+    grad_low = grad_low * scale.astype(grad.dtype)
+    flat = [t.reshape(-1, t.shape[-1]) for t in (x, low, grad, grad_low)]
+    flat_x, flat_low, flat_grad, flat_grad_low = flat
+
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum("BR,Bd->Rd", left, right, preferred_element_type=jnp.float32)
+
+    return (
+        jnp.einsum("...R,Ri->...i", grad_low, a.astype(grad.dtype)),
+        product(flat_grad_low, flat_x),
+        product(flat_low, flat_grad).T,
+        None,
+    )
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
@@ -150,12 +185,18 @@ def attach(
       UserError: A pattern matches nothing, or cannot be had with tied embeddings.
     """
     linears = targets.linear_sites(model, sites)
-    names = [m for site in linears for m in site.hf_modules]
+    is_all = config.target_modules == targets.ALL_LINEAR
+    # Not every family calls its head so.
+    lm_head = {m for s in linears if s.path == "lm_head.weight" for m in s.hf_modules}
+    names = [m for s in linears if not (is_all and s.head) for m in s.hf_modules]
+    if is_all:
+        names = [m for m in names if m not in lm_head]
     chosen = targets.select(config.target_modules, names, "peft.target_modules")
-    if "lm_head" in chosen:
+    if lm_head & chosen:
+        head = "".join(lm_head)
         raise UserError(
-            f"peft.target_modules={config.target_modules!r} means lm_head, which LoRA "
-            "does not adapt; train it whole with peft.modules_to_save=lm_head"
+            f"peft.target_modules={config.target_modules!r} means {head}, which LoRA "
+            f"does not adapt; train it whole with peft.modules_to_save={head}"
         )
     _saved_paths(config, sites)
     for site in linears:
@@ -173,8 +214,7 @@ def _saved_paths(config: Config, sites: Sequence[Site]) -> frozenset[str]:
     """The parameters that are trained whole."""
     if not config.modules_to_save:
         return frozenset()
-    names = [m for site in sites for m in site.hf_modules]
-    chosen = targets.select(config.modules_to_save, names, "peft.modules_to_save")
+    chosen = _saved_modules(config, sites).keys()
     tied = not any(site.path.startswith("lm_head.") for site in sites)
     if tied and any(name.endswith("embed_tokens") for name in chosen):
         raise UserError(
@@ -193,6 +233,21 @@ def _saved_paths(config: Config, sites: Sequence[Site]) -> frozenset[str]:
         if found:
             paths.add(site.path)
     return frozenset(paths)
+
+
+def _saved_modules(config: Config, sites: Sequence[Site]) -> dict[str, str]:
+    """The modules that are trained whole, each with the module that a pattern means.
+
+    That may be one that holds it: `classifier` means RoBERTa's `classifier.dense` too.
+    """
+    if not config.modules_to_save:
+        return {}
+    names = [m for site in sites for m in site.hf_modules]
+    whole = {m: targets.holders(m) for m in names}
+    every = [*dict.fromkeys(h for holders in whole.values() for h in holders)]
+    chosen = targets.select(config.modules_to_save, every, "peft.modules_to_save")
+    found = {m: [h for h in holders if h in chosen] for m, holders in whole.items()}
+    return {m: holders[0] for m, holders in found.items() if holders}
 
 
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
@@ -230,8 +285,7 @@ def peft_config(
     same_leaves = {
         m for s in linears for m in s.hf_modules if m.rpartition(".")[2] in leaves
     }
-    saved = _saved_paths(config, sites)
-    modules = {m for site in sites if site.path in saved for m in site.hf_modules}
+    modules = set(_saved_modules(config, sites).values())
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -242,7 +296,8 @@ def peft_config(
         "target_modules": sorted(leaves if same_leaves == set(adapted) else adapted),
         "modules_to_save": sorted(modules) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # PEFT's word for maps that lie the other way round in the base model.
+        "fan_in_fan_out": any(s.transpose for s, _ in _adapters(model, sites)),
         "init_lora_weights": True,
         "use_dora": False,
     }
@@ -291,8 +346,8 @@ _HARMLESS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
+        "fan_in_fan_out",
         "inference_mode",
-        "init_lora_weights",
         "loftq_config",
         "megatron_core",
         "peft_type",
@@ -304,6 +359,9 @@ _HARMLESS = frozenset(
     }
 )
 
+# Ways to start that leave the base model's weights alone.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     """The options that an `adapter_config.json` stands for.
@@ -312,9 +370,19 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
       UserError: It uses a part of PEFT's LoRA that is not implemented.
     """
     rest = {k: v for k, v in adapter_config.items() if k not in _HARMLESS}
+    start = rest.pop("init_lora_weights", True)
+    if start not in _STARTS:
+        raise UserError(
+            f"the adapter has init_lora_weights={start!r}, which changes the base "
+            "too; save it as plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
     modules = rest.pop("target_modules")
     if not isinstance(modules, str):
         modules = "|".join(map(re.escape, sorted(modules)))
+    modules = _in_layers(
+        modules, rest.pop("layers_to_transform", None), rest.pop("layers_pattern", None)
+    )
     saved = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
     names = {field.name for field in dataclasses.fields(Config)}
     known = {name: rest.pop(name) for name in names & set(rest)}
@@ -323,3 +391,14 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
         raise UserError(f"the adapter uses parts of LoRA that fjft lacks: {unknown}")
     known |= {"target_modules": modules, "modules_to_save": saved}
     return Config(**known)
+
+
+def _in_layers(
+    modules: str, layers: int | Sequence[int] | None, stack: str | Sequence[str] | None
+) -> str:
+    """A regex on modules, limited to PEFT's `layers_to_transform`, if there are any."""
+    if layers is None or layers == []:
+        return modules
+    numbers = "|".join(map(str, [layers] if isinstance(layers, int) else layers))
+    names = "|".join([stack] if isinstance(stack, str) else stack or [r"[^.]*"])
+    return rf"({names})\.({numbers})\.(.*\.)?({modules})"

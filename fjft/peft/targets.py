@@ -40,6 +40,12 @@ def linear_sites(model: nnx.Module, sites: Iterable[Site]) -> list[Site]:
     ]
 
 
+def holders(name: str) -> list[str]:
+    """A module and those that hold it, outermost first: `a`, `a.b`, `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def matches(pattern: str, name: str) -> bool:
     r"""Whether a regex means a module: its whole name, or its last parts.
 
@@ -53,7 +59,7 @@ def select(pattern: str, names: Sequence[str], option: str) -> set[str]:
     """The module names that `pattern` means.
 
     Args:
-      pattern: A regex, or `all-linear` for every name but the output head.
+      pattern: A regex, or `all-linear` for every name but `lm_head`.
       names: What could match.
       option: The config key, for the error.
 
