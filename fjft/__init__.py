@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from fjft.checkpoint.adapter import merge_adapter, save_adapter
     from fjft.checkpoint.huggingface import save_model
     from fjft.errors import UserError
-    from fjft.generate.decode import generate
-    from fjft.train.loop import train
+    from fjft.generation.decode import generate
+    from fjft.training.loop import train
 
 __all__ = [
     "UserError",
@@ -24,13 +24,13 @@ __all__ = [
 
 _HOMES = {
     "UserError": "fjft.errors",
-    "generate": "fjft.generate.decode",
+    "generate": "fjft.generation.decode",
     "load_config": "fjft.build",
     "load_model": "fjft.build",
     "merge_adapter": "fjft.checkpoint.adapter",
     "save_adapter": "fjft.checkpoint.adapter",
     "save_model": "fjft.checkpoint.huggingface",
-    "train": "fjft.train.loop",
+    "train": "fjft.training.loop",
 }
 
 

@@ -1,12 +1,12 @@
 """The one place where names in a config become objects."""
 
 import dataclasses
-import difflib
 import importlib.util
 import types
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,34 @@ from jax.sharding import Mesh
 from fjft import data, sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint import orbax
-from fjft.checkpoint.huggingface import Provenance, check_names, load_params
+from fjft.checkpoint.huggingface import Provenance, load_params, match
 from fjft.checkpoint.source import ModelFiles, open_model
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
+from fjft.models.heads import with_head
 from fjft.models.layers import REMAT_POLICIES, Maker
-from fjft.models.weights import sites
+from fjft.models.weights import Site, sites
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer
+from fjft.optimize.optimizer import OPTIMIZERS
+from fjft.optimize.schedule import SCHEDULES
+from fjft.options import (
+    check_least,
+    check_name,
+    check_type,
+    did_you_mean,
+    make_section,
+)
 from fjft.peft.methods import METHODS
 
-T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+# Options that decide which others their section has: default, and table of modules.
+CHOICES = {
+    "peft.method": ("full", METHODS),
+    "objective.name": ("causal_lm", OBJECTIVES),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +66,8 @@ class ModelConfig:
     remat: str = "full"
 
     def __post_init__(self):
-        _check_name("model.dtype", self.dtype, DTYPES)
-        _check_name("model.remat", self.remat, REMAT_POLICIES)
+        check_name("model.dtype", self.dtype, DTYPES)
+        check_name("model.remat", self.remat, REMAT_POLICIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,11 @@ class TrainConfig:
     log_steps: int = 1
     report_to: str = ""
 
+    def __post_init__(self):
+        check_least("train.accumulation_steps", self.accumulation_steps, 1)
+        check_least("train.max_steps", self.max_steps, 0)
+        check_least("train.log_steps", self.log_steps, 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -93,6 +113,11 @@ class EvaluateConfig:
     batch_size: int = 0
     prompt: str = ""
     max_new_tokens: int = 64
+
+    def __post_init__(self):
+        check_least("evaluate.eval_steps", self.eval_steps, 0)
+        check_least("evaluate.batch_size", self.batch_size, 0)
+        check_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,64 +152,110 @@ def load_config(
       overrides: Values by dotted key: `{"train.max_steps": 10}`.
 
     Raises:
-      UserError: No such file, it defines no `get_config`, or an unknown key.
+      UserError: No such file, no `get_config` in it or none that takes the
+        argument, or an unknown key.
     """
     file, _, argument = str(path).partition(":")
     if not Path(file).is_file():
-        raise UserError(f"no config file {file!r}")
+        raise UserError(f"no config file {file!r}; see configs/ for some")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {file!r} is no Python file; name it *.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{file} defines no function get_config(arg='')")
-    config = module.get_config(argument)
+    try:
+        config = module.get_config(argument)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     override(config, overrides or {})
     return config
 
 
 def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets values by dotted key, in place.
+    """Sets options by dotted key, in place, also those that the config leaves out.
+
+    Where `peft.method` or `objective.name` becomes another, the old one's options that
+    the new one does not have are dropped.
 
     Raises:
-      UserError: A key is unknown, or a value has another type than the one it replaces.
+      UserError: A key is unknown, or a value is of the wrong type.
     """
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        node: Any = config
-        for parent in parents:
-            node = (
-                node.get(parent) if isinstance(node, Mapping | type(config)) else None
+    # Choices first: they decide which options there are.
+    for key in sorted(values, key=lambda key: key not in CHOICES):
+        check_type(key, values[key], option_type(config, key))
+        # The name of an entry of a mapping may have dots of its own.
+        section, option, *entry = key.split(".", 2)
+        if section not in config:
+            with config.unlocked():
+                config[section] = ml_collections.ConfigDict()
+        node: Any = config[section]
+        value = values[key]
+        if entry:
+            old = node.get(option) or {}
+            value = ml_collections.ConfigDict(
+                {**old, entry[0]: value}, allow_dotted_keys=True
             )
-        if not isinstance(node, ml_collections.ConfigDict) or last not in node:
-            known = [k for k, _ in _flat_items(config)]
-            raise UserError(f"config key {key!r} is unknown{_hint(key, known)}")
-        try:
-            node[last] = value
-        except TypeError as error:
-            raise UserError(
-                f"{key}={value!r}: expected {type(node[last]).__name__}"
-            ) from error
+        with node.unlocked(), node.ignore_type():
+            node[option] = value
+        if key in CHOICES:
+            known = option_types(config.to_dict())
+            for name in [n for n in node if f"{section}.{n}" not in known]:
+                del node[name]
 
 
-def _flat_items(config: ml_collections.ConfigDict, prefix: str = "") -> list:
-    items = []
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            items += _flat_items(value, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", value))
-    return items
+def option_type(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The type of the option with this dotted key.
+
+    Raises:
+      UserError: There is no such option.
+    """
+    known = option_types(config.to_dict())
+    if key in known:
+        return known[key]
+    # `peft.rank_pattern.q_proj`: an entry of an option that is a mapping.
+    for name, hint in known.items():
+        if key.startswith(f"{name}.") and typing.get_origin(hint) is Mapping:
+            return typing.get_args(hint)[1]
+    raise UserError(f"config key {key!r} is unknown{did_you_mean(key, list(known))}")
 
 
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {known}"
+def option_types(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option that a config may set, by dotted key, with its type.
+
+    Args:
+      sections: The config; only its `peft.method` and `objective.name` are looked at.
+
+    Raises:
+      UserError: One of these names is unknown.
+    """
+    found: dict[str, Any] = dict.fromkeys(CHOICES, str)
+    for name, cls in _section_classes(sections).items():
+        hints = typing.get_type_hints(cls)
+        found |= {f"{name}.{f.name}": hints[f.name] for f in dataclasses.fields(cls)}
+    return found
 
 
-def _check_name(option: str, name: str, known: Any) -> None:
-    if name not in known:
-        raise UserError(f"{option}={name!r} is unknown; use one of {list(known)}")
+def _section_classes(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The dataclass of every section, in the order that data flows."""
+    chosen = {}
+    for key, (default, table) in CHOICES.items():
+        section, _, option = key.partition(".")
+        name = (sections.get(section) or {}).get(option, default)
+        check_name(key, name, table)
+        chosen[section] = table[name].Config
+    return {
+        "model": ModelConfig,
+        "peft": chosen["peft"],
+        "data": data.Config,
+        "objective": chosen["objective"],
+        "optimizer": optimizer.Config,
+        "mesh": sharding.Config,
+        "train": TrainConfig,
+        "evaluate": EvaluateConfig,
+        "checkpoint": orbax.Config,
+    }
 
 
 def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -193,50 +264,27 @@ def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
     Raises:
       UserError: A section, a key or a name is unknown or missing.
     """
-    sections = {name: dict(section) for name, section in config.to_dict().items()}
-    names = [field.name for field in dataclasses.fields(Experiment)]
-    known = [n for n in names if n not in ("method", "objective_module")]
-    for name in sections:
-        if name not in known:
-            raise UserError(f"config section {name!r} is unknown{_hint(name, known)}")
-    peft = sections.get("peft", {})
-    method = peft.pop("method", "full")
-    _check_name("peft.method", method, METHODS)
-    objective = sections.get("objective", {})
-    objective_name = objective.pop("name", "causal_lm")
-    _check_name("objective.name", objective_name, OBJECTIVES)
-    classes = {
-        "model": ModelConfig,
-        "peft": METHODS[method].Config,
-        "data": data.Config,
-        "objective": OBJECTIVES[objective_name].Config,
-        "optimizer": optimizer.Config,
-        "mesh": sharding.Config,
-        "train": TrainConfig,
-        "evaluate": EvaluateConfig,
-        "checkpoint": orbax.Config,
-    }
+    sections: dict[str, Any] = config.to_dict()
+    classes = _section_classes(sections)
+    for name, section in sections.items():
+        if name not in classes:
+            known = list(classes)
+            raise UserError(
+                f"config section {name!r} is unknown{did_you_mean(name, known)}"
+            )
+        if not isinstance(section, Mapping):
+            raise UserError(f"config section {name!r} is {section!r}, not a mapping")
+    method = sections.get("peft", {}).pop("method", CHOICES["peft.method"][0])
+    objective = sections.get("objective", {}).pop("name", CHOICES["objective.name"][0])
+    optimizing = sections.get("optimizer", {})
+    for option, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if option in optimizing:
+            check_name(f"optimizer.{option}", optimizing[option], table)
     return Experiment(
         method=METHODS[method],
-        objective_module=OBJECTIVES[objective_name],
-        **{n: _section(c, n, sections.get(n, {})) for n, c in classes.items()},
+        objective_module=OBJECTIVES[objective],
+        **{n: make_section(c, n, sections.get(n, {})) for n, c in classes.items()},
     )
-
-
-def _section(cls: type[T], name: str, values: Mapping[str, Any]) -> T:
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            hint = _hint(key, list(fields))
-            raise UserError(f"config key '{name}.{key}' is unknown{hint}")
-    for key, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        )
-        if required and key not in values:
-            raise UserError(f"config key '{name}.{key}' is missing")
-    return cls(**values)
 
 
 def build_model(
@@ -248,6 +296,8 @@ def build_model(
     mesh: Mesh,
     seed: int = 0,
     adapter: str | Path | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
 ) -> Any:
     """Loads a pretrained model onto a mesh, with a method's adapters attached.
 
@@ -259,13 +309,24 @@ def build_model(
       mesh: Where the parameters go.
       seed: Of the adapters' initial values.
       adapter: A PEFT directory to take the adapters' values from instead.
+      head: A key of `models.heads`' table; None is the one that the checkpoint names.
+        What the checkpoint lacks of it is made new, what it has of another head is
+        passed over, and `model.provenance` names both.
+      num_labels: How many labels the head tells apart; None is what the config says.
+        A stored head for another number is made new.
 
     Raises:
-      UserError: The model type is unknown, or its weights do not fit its config.
+      UserError: The model type is unknown, its weights do not fit its config, or a
+        new head would not be trained.
     """
-    _check_name("model_type", files.config.model_type, FAMILIES)
+    check_name("model_type", str(files.config.model_type), FAMILIES)
     family = FAMILIES[files.config.model_type]
-    fields = Fields(files.config)
+    if head is not None:
+        check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
+    if head is not None or num_labels is not None:
+        config = with_head(files.config, head, num_labels)
+        files = dataclasses.replace(files, config=config)
+    fields = Fields(files.config, files.tensors)
     arch = family.architecture(fields)
     fields.close()
     if dtype == "auto":
@@ -289,12 +350,24 @@ def build_model(
         }
     shapes = {path: p.shape for path, p in abstract.items()}
     shardings = sharding.param_shardings(tree.logical_axes(model), shapes, mesh)
-    provenance = Provenance(files, table, method, peft_config)
-
-    pretrained = {site.path for site in table}
-    check_names(files, table, abstract)
+    matched = match(
+        files,
+        table,
+        abstract,
+        prefix=getattr(arch, "base_name", None),
+        may_lack_head=head is not None or getattr(arch, "head", "") == "base",
+        other_labels=num_labels is not None,
+    )
+    provenance = Provenance(
+        files, table, method, peft_config, matched.new, matched.passed_over
+    )
+    pretrained = [s for s in table if set(s.hf_names).isdisjoint(matched.new)]
+    # Nobody looks at the pooler of a bare model unless asked to.
+    if method is not None and getattr(arch, "head", "") != "base":
+        _check_new_is_trained(table, matched.new, method, peft_config)
     params: tree.Params = {}
-    new = {path: s for path, s in shardings.items() if path not in pretrained}
+    old = {site.path for site in pretrained}
+    new = {path: s for path, s in shardings.items() if path not in old}
     if new:
         init = jax.jit(
             lambda key: {
@@ -305,14 +378,34 @@ def build_model(
             out_shardings=new,
         )
         params |= init(jax.random.key(seed))
-    params |= load_params(files, table, abstract, shardings)
+    params |= load_params(files, pretrained, abstract, shardings)
     if adapter is not None:
-        params |= adapter_files.load_adapter_params(
+        stored = adapter_files.load_adapter_params(
             model, provenance, abstract, shardings, adapter
         )
+        params |= stored
+        brought = {n for site in table if site.path in stored for n in site.hf_names}
+        still_new = tuple(name for name in matched.new if name not in brought)
+        provenance = dataclasses.replace(provenance, new=still_new)
     model = tree.merge(graphdef, params)
     model.provenance = provenance
     return model
+
+
+def _check_new_is_trained(
+    table: Sequence[Site], new: Sequence[str], method: types.ModuleType, config: Any
+) -> None:
+    """Refuses to leave a new head as random as it starts."""
+    trainable = method.is_trainable(config, table)
+    sites_of_new = [site for site in table if set(site.hf_names) & set(new)]
+    idle = [site for site in sites_of_new if not trainable(site.path)]
+    if idle:
+        modules = sorted({m for site in idle for m in site.hf_modules})
+        raise UserError(
+            f"the checkpoint has no {', '.join(modules)}, so they start from random "
+            "values, but this method would not train them; set "
+            f"peft.modules_to_save={'|'.join(modules)}"
+        )
 
 
 def _checkpoint_dtype(files: ModelFiles) -> str:
@@ -329,6 +422,9 @@ def load_model(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     adapter: str | Path | None = None,
+    revision: str = "main",
+    head: str | None = None,
+    num_labels: int | None = None,
 ) -> Any:
     """Loads a pretrained model.
 
@@ -339,6 +435,11 @@ def load_model(
         `auto` for the checkpoint's own.
       mesh: Where the parameters go; one device when None.
       adapter: A PEFT directory to put on top.
+      revision: Branch, tag or commit of a hub id.
+      head: `base`, `masked_lm`, `sequence_classification`, `token_classification` or
+        `question_answering` instead of the checkpoint's own; what it lacks of it is
+        made new, as `model.provenance.new` tells.
+      num_labels: How many labels the head tells apart, instead of what the config says.
 
     Returns:
       A Flax module: `model(input_ids)` gives logits, `model.config` is Hugging Face's.
@@ -346,19 +447,21 @@ def load_model(
     Raises:
       UserError: No such model, an unknown type, or a broken checkpoint.
     """
-    _check_name("dtype", dtype, DTYPES)
+    check_name("dtype", dtype, DTYPES)
     method = peft_config = None
     if adapter is not None:
         described = adapter_files.read_adapter_config(adapter)
         known = {m.PEFT_TYPE: m for m in METHODS.values() if m.PEFT_TYPE}
-        _check_name("peft_type", described.get("peft_type"), known)
+        check_name("peft_type", str(described.get("peft_type")), known)
         method = known[described["peft_type"]]
         peft_config = method.from_peft(described)
     return build_model(
-        open_model(source),
+        open_model(source, revision),
         method=method,
         peft_config=peft_config,
         dtype=dtype,
         mesh=sharding.single_device_mesh() if mesh is None else mesh,
         adapter=adapter,
+        head=head,
+        num_labels=num_labels,
     )

@@ -82,7 +82,7 @@ def smooth(values: list[float]) -> list[float]:
 
     In each window a straight line is fitted and read off at the value's place. Unlike
     a running mean it does not lag where the loss falls fast, and unlike a shrinking
-    window it is as calm at the ends.
+    window it is as calm at the ends; it never leaves the window's range.
     """
     half = max(4, len(values) // 40)
     smoothed = []
@@ -93,7 +93,8 @@ def smooth(values: list[float]) -> list[float]:
         offset = places.mean()
         spread = ((places - offset) ** 2).sum()
         slope = ((places - offset) * window).sum() / max(spread, 1.0)
-        smoothed.append(float(window.mean() - slope * offset))
+        line = float(window.mean() - slope * offset)
+        smoothed.append(float(np.clip(line, window.min(), window.max())))
     return smoothed
 
 

@@ -1,7 +1,9 @@
 """Training, from the first note to the last file. Read it top to bottom."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -16,7 +18,7 @@ from fjft import sharding, tree
 from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
-from fjft.checkpoint.orbax import Checkpoints, digest
+from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
 from fjft.checkpoint.source import open_model
 from fjft.data.dataset import load_examples
 from fjft.data.tokenize import show_example
@@ -24,9 +26,9 @@ from fjft.errors import UserError
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
-from fjft.train.run import Run, build_run
-from fjft.train.state import TrainState
-from fjft.train.step import StepMetrics
+from fjft.training.run import Run, build_run
+from fjft.training.state import TrainState
+from fjft.training.step import StepMetrics
 
 # Shorter compilations are those of single operations.
 _COMPILE_WORTH_A_LINE = 0.5  # seconds
@@ -40,11 +42,13 @@ class Result:
       metrics: The last value of every metric, and `eval_loss_before`.
       directory: Config, log, curve, checkpoints, and the adapter or the model.
       model: The trained model.
+      tokenizer: Its tokenizer.
     """
 
     metrics: dict[str, float]
     directory: Path
     model: Any
+    tokenizer: Any
 
 
 def train(config: ml_collections.ConfigDict) -> Result:
@@ -63,6 +67,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     """
     experiment = build_experiment(config)
     directory = Path(experiment.checkpoint.directory)
+    _refuse_second_run(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch(
         experiment.train.batch_size, experiment.train.accumulation_steps, mesh
@@ -83,42 +88,56 @@ def train(config: ml_collections.ConfigDict) -> Result:
     example = show_example(tokenizer, *rows.examples[0])
     screen.say(f"an example, trained parts marked:\n{example}")
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        closing.callback(watcher.close)
         run, state = build_run(experiment, mesh, files, rows, held_out)
         screen.say(_describe_model(run, state))
         base = {"source": files.source, "digest": digest(run.frozen)}
         checkpoints = Checkpoints(experiment.checkpoint)
+        closing.callback(checkpoints.close)
         progress = Progress()
         if experiment.checkpoint.resume and checkpoints.latest is not None:
             state, progress = _resume(checkpoints, run, state, base)
             screen.say(f"resumed at step {progress.step}")
-        elif checkpoints.latest is not None:
-            raise UserError(
-                f"{directory} holds a run up to step {checkpoints.latest}; go on with "
-                "it by --resume, or name another checkpoint.directory"
-            )
-        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
-        (directory / "config.json").write_text(text + "\n", "utf-8")
-        writers = make_writers(
-            directory,
-            experiment.train.report_to,
-            resume_step=progress.step if progress.step else None,
-            config=config.to_dict(),
-            is_main_process=jax.process_index() == 0,
-        )
+        writers = _open_log(config, experiment, progress)
+        closing.callback(writers.close)
+        closing.callback(screen.stop)
         loop = Loop(
             experiment, run, screen, writers, watcher, checkpoints, base, tokenizer
         )
-        try:
-            state, metrics = loop.run_all(state, progress)
-        finally:
-            screen.stop()
-            writers.close()
-            watcher.close()
-            checkpoints.close()
+        state, metrics = loop.run_all(state, progress)
         model = run.model(state)
         _write_results(experiment, model, directory, screen)
-    return Result(metrics, directory, model)
+    return Result(metrics, directory, model, tokenizer)
+
+
+def _refuse_second_run(experiment: Experiment) -> None:
+    """Checks, before anything big is loaded, that no other run is overwritten."""
+    directory = experiment.checkpoint.directory
+    steps = saved_steps(directory)
+    if steps and not experiment.checkpoint.resume:
+        raise UserError(
+            f"{directory} holds a run up to step {steps[-1]}; go on with it by "
+            "--resume, or name another checkpoint.directory"
+        )
+
+
+def _open_log(
+    config: ml_collections.ConfigDict, experiment: Experiment, progress: "Progress"
+) -> Writers:
+    """Writes the resolved config, and opens the log where the run stands."""
+    directory = Path(experiment.checkpoint.directory)
+    is_main_process = jax.process_index() == 0
+    if is_main_process:
+        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
+        (directory / "config.json").write_text(text + "\n", "utf-8")
+    return make_writers(
+        directory,
+        experiment.train.report_to,
+        resume_step=progress.step if progress.step else None,
+        config=config.to_dict(),
+        is_main_process=is_main_process,
+    )
 
 
 @dataclasses.dataclass
@@ -129,6 +148,7 @@ class Progress:
       step: Optimizer steps done and found good.
       num_tokens: Tokens seen, padding not counted.
       eval_loss_before: `eval_loss` before the first step.
+      judged_step: The last step whose evaluation has been logged; -1 is none.
       loss_sum: Of the steps since the last log line; so the next three.
       weight_sum: Trained tokens.
       correct_sum: Tokens predicted right.
@@ -138,6 +158,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     eval_loss_before: float | None = None
+    judged_step: int = -1
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     correct_sum: float = 0.0
@@ -206,8 +227,13 @@ class Loop:
         if progress.step == 0:
             progress.eval_loss_before = self._evaluate(state, progress).get("eval_loss")
             self._answer(state, "before")
-        if progress.step >= self._run.total_steps:
+        elif progress.step >= self._run.total_steps:
             self._screen.say(f"all {self._run.total_steps} steps are done already")
+            self._evaluate(state, progress)
+        elif (
+            self._is_evaluation(progress.step) and progress.judged_step < progress.step
+        ):
+            # Stopped there in a hurry.
             self._evaluate(state, progress)
         state = self._train(state, progress)
         self._answer(state, "after")
@@ -228,6 +254,7 @@ class Loop:
         """
         run, batches = self._run, self._run.batches()
         self._screen.start(run.total_steps, progress.step)
+        self._say_compiled()
         self._meter.read()
         pending: StepMetrics | None = None
         with _StopRequest() as stop:
@@ -236,10 +263,13 @@ class Loop:
                 if pending is not None:
                     self._settle(pending, progress)
                 pending = metrics
-                if self._is_pause(number) or stop.is_set:
-                    self._settle(pending, progress)
+                must_stop = stop.is_due(number)
+                if self._is_pause(number) or must_stop:
+                    self._settle(metrics, progress)
                     pending = None
-                    self._pause(state, progress, stop.is_set)
+                    self._pause(state, progress, must_stop)
+            # A request to stop that comes now waits for the last checkpoint.
+            self._checkpoints.wait()
         self._screen.stop()
         return state
 
@@ -251,9 +281,7 @@ class Loop:
             raise UserError(self._explain_bad_step(step, metrics))
         progress.add(metrics)
         self._meter.add(int(metrics.num_tokens))
-        for compiled in self._watcher.drain(_COMPILE_WORTH_A_LINE):
-            self._screen.say(f"compiled {compiled.name} in {compiled.seconds:.1f} s")
-            self._lost_seconds += compiled.seconds
+        self._lost_seconds += self._say_compiled()
         log_steps = self._experiment.train.log_steps
         if step % log_steps and step != self._run.total_steps:
             self._screen.update(step)
@@ -271,11 +299,20 @@ class Loop:
         self._log(step, row)
         self._screen.update(step, row["loss"], speed.tokens_per_second)
 
+    def _say_compiled(self) -> float:
+        """Reports what was compiled since the last call; returns its seconds."""
+        seconds = 0.0
+        for compiled in self._watcher.drain(_COMPILE_WORTH_A_LINE):
+            self._screen.say(f"compiled {compiled.name} in {compiled.seconds:.1f} s")
+            seconds += compiled.seconds
+        return seconds
+
     def _explain_bad_step(self, step: int, metrics: StepMetrics) -> str:
         rows = self._run.loader.choose_rows(step - 1).tolist()
         where = f"step {step}, batch {step - 1} (rows {rows})"
         if not metrics.weight_sum:
             return f"{where} trains no token at all; look at its rows' labels"
+        self._checkpoints.wait()
         saved = self._checkpoints.latest
         kept = f"checkpoint {saved} is good" if saved else "nothing was saved"
         rate = float(self._run.schedule(step - 1))
@@ -287,25 +324,29 @@ class Loop:
 
     def _is_pause(self, step: int) -> bool:
         """Whether something is evaluated or saved after this step."""
-        return (
-            step == self._run.total_steps
-            or _is_multiple(step, self._experiment.checkpoint.save_steps)
-            or _is_multiple(step, self._experiment.evaluate.eval_steps)
+        return self._is_evaluation(step) or _is_multiple(
+            step, self._experiment.checkpoint.save_steps
+        )
+
+    def _is_evaluation(self, step: int) -> bool:
+        return step == self._run.total_steps or _is_multiple(
+            step, self._experiment.evaluate.eval_steps
         )
 
     def _pause(self, state: TrainState, progress: Progress, must_stop: bool) -> None:
         """Evaluates and saves, where it is time to."""
-        e, step = self._experiment, progress.step
+        step, save_steps = progress.step, self._experiment.checkpoint.save_steps
         started = time.perf_counter()
         is_last = step == self._run.total_steps
         judged = {}
-        if (is_last or _is_multiple(step, e.evaluate.eval_steps)) and not must_stop:
+        if self._is_evaluation(step) and not must_stop:
             judged = self._evaluate(state, progress)
-        if is_last or must_stop or _is_multiple(step, e.checkpoint.save_steps):
+        if is_last or must_stop or _is_multiple(step, save_steps):
             self._save(state, progress, judged)
         if must_stop:
             self._checkpoints.wait()
             raise UserError(f"stopped at step {step}, which is saved; use --resume")
+        self._say_compiled()
         self._lost_seconds += time.perf_counter() - started
 
     def _save(
@@ -325,7 +366,16 @@ class Loop:
     def _evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
         judged = self._run.evaluate(state)
         if judged:
-            self._log(progress.step, judged)
+            if not math.isfinite(judged["eval_loss"]):
+                raise UserError(
+                    f"after step {progress.step} eval_loss is {judged['eval_loss']}; "
+                    "that step is not saved: lower optimizer.learning_rate, or look "
+                    "at the held-out rows if it is so from the start"
+                )
+            self.last |= judged
+            if progress.judged_step < progress.step:
+                self._log(progress.step, judged)
+                progress.judged_step = progress.step
             accuracy = judged["eval_mean_token_accuracy"]
             self._screen.say(
                 f"step {progress.step}: eval_loss {judged['eval_loss']:.4f}, "
@@ -339,7 +389,7 @@ class Loop:
         asked = self._experiment.evaluate
         if not asked.prompt:
             return
-        from fjft.generate.decode import generate
+        from fjft.generation.decode import generate
 
         has_template = self._tokenizer.chat_template is not None
         chat = [{"role": "user", "content": asked.prompt}]
@@ -363,22 +413,33 @@ def _is_multiple(step: int, every: int) -> bool:
 class _StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a request to stop after this step.
 
-    Cloud machines send SIGTERM some seconds before they are taken away.
+    Cloud machines send SIGTERM some seconds before they are taken away. Over several
+    processes JAX takes the signal, tells it to the others, and finds a step that all
+    can stop after.
     """
 
     def __init__(self):
-        self.is_set = False
+        self._is_set = False
         self._old: dict[int, Any] = {}
 
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after this step; asked at every step, by every process."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._is_set
+
     def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if is_main_thread and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._request)
         return self
 
     def _request(self, number: int, frame: Any) -> None:
         del frame
-        self.is_set = True
+        self._is_set = True
         signal.signal(number, self._old[number])  # A second one is not held back.
 
     def __exit__(self, *error: Any) -> None:
@@ -406,7 +467,8 @@ def _resume(
         raise UserError(
             f"checkpoint {step} was trained on top of {saved['base']['source']} with "
             f"digest {saved['base']['digest']}, this base is {base['source']} with "
-            f"digest {base['digest']}; resume with the same model"
+            f"digest {base['digest']}; resume with the same model "
+            "and options of peft"
         )
     run.loader.restore(saved["data"])
     state = TrainState(**checkpoints.restore(step, _as_saved(state)))

@@ -1,21 +1,28 @@
 """Generates: prompts in, new tokens or text out."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from fjft import tree
 from fjft.errors import UserError
-from fjft.generate.detokenize import Detokenizer
-from fjft.generate.steps import Choice, State, decode_jit, prefill_jit
-from fjft.sharding import batch_sharding, data_shards
+from fjft.generation.beam import EARLY_STOPPING, BeamChoice, search_jit
+from fjft.generation.detokenize import Detokenizer
+from fjft.generation.rows import (
+    bucket,
+    mesh_of,
+    pad_left,
+    pad_stop_ids,
+    put,
+    structure,
+    use_mesh,
+)
+from fjft.generation.seq2seq import Special, special_tokens
+from fjft.generation.steps import Choice, State, decode_jit, prefill_jit
+from fjft.models.encoder_decoder import EncoderDecoder
 
-SMALLEST_BUCKET = 16
 STREAM_STEPS = 4  # tokens between two looks at what has been made
 
 Messages = Sequence[Mapping[str, Any]]
@@ -34,6 +41,13 @@ class Config:
       seed: Of the draws.
       stop_token_ids: Tokens that end a text; None takes the model's own.
       batch_size: Prompts at a time.
+      num_beams: Beams of a beam search, which finds likelier texts; 1 is none.
+      length_penalty: Beam search divides a text's log-probability by its length to
+        this power: above 0 it favours long texts.
+      early_stopping: When beam search ends; see `beam.BeamChoice`.
+      forced_bos_token_id: What every text of an encoder-decoder begins with, such as
+        mBART's target language; None takes the model's own.
+      decoder_start_token_id: What its decoder reads first; None likewise.
     """
 
     max_new_tokens: int = 64
@@ -43,6 +57,11 @@ class Config:
     seed: int = 0
     stop_token_ids: tuple[int, ...] | None = None
     batch_size: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    forced_bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self):
         checks = {
@@ -51,10 +70,20 @@ class Config:
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (all)"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
+            "num_beams": (self.num_beams >= 1, "at least 1 (no beam search)"),
+            "early_stopping": (
+                self.early_stopping in EARLY_STOPPING,
+                f"one of {list(EARLY_STOPPING)}",
+            ),
         }
         for name, (fits, allowed) in checks.items():
             if not fits:
                 raise UserError(f"{name}={getattr(self, name)!r}: it must be {allowed}")
+        if self.num_beams > 1 and self.temperature:
+            raise UserError(
+                f"num_beams={self.num_beams} draws nothing, so temperature="
+                f"{self.temperature} has no use; set one of them to its default"
+            )
 
 
 def generate(
@@ -69,11 +98,16 @@ def generate(
     seed: int = 0,
     stop_token_ids: Sequence[int] | None = None,
     batch_size: int = 32,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    forced_bos_token_id: int | None = None,
+    decoder_start_token_id: int | None = None,
 ) -> list[str]:
-    """Continues prompts.
+    """Continues prompts; an encoder-decoder answers them.
 
     Args:
-      model: A causal language model.
+      model: A causal language model, or an encoder-decoder.
       tokenizer: Its Hugging Face tokenizer.
       prompts: One prompt or a list. A prompt is a string, tokenized as it is, or a
         chat, `[{"role": "user", "content": "Hello"}]`, put through the tokenizer's
@@ -86,6 +120,15 @@ def generate(
       stop_token_ids: Tokens that end a text; None is those that the model's generation
         config and the tokenizer name.
       batch_size: Prompts at a time.
+      num_beams: Beams of a beam search; 1 is none.
+      length_penalty: Beam search divides a text's log-probability by its length to
+        this power.
+      early_stopping: True: beam search ends when there are as many texts as beams;
+        False: when no beam as it is now could do better; "never": when none could if
+        it grew to full length.
+      forced_bos_token_id: What every text of an encoder-decoder begins with, such as
+        mBART's target language; None is what its generation config names.
+      decoder_start_token_id: What its decoder reads first; None likewise.
 
     Returns:
       For each prompt the new text, without special tokens; for one prompt a list too.
@@ -102,6 +145,11 @@ def generate(
         seed=seed,
         stop_token_ids=_stop_ids(model, tokenizer, stop_token_ids),
         batch_size=batch_size,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        forced_bos_token_id=forced_bos_token_id,
+        decoder_start_token_id=decoder_start_token_id,
     )
     ids = encode_prompts(tokenizer, prompts)
     detokenizer = Detokenizer(tokenizer, config.stop_token_ids or ())
@@ -174,8 +222,10 @@ def generate_tokens(
     num_rows = min(len(prompts), config.batch_size)
     for start in range(0, len(prompts), config.batch_size):
         group = prompts[start : start + config.batch_size]
-        ends = [config.max_new_tokens]
-        *_, made = _run(model, group, config, ends, num_rows)
+        if config.num_beams > 1:
+            made = _search(model, group, config, num_rows)
+        else:
+            *_, made = _run(model, group, config, [config.max_new_tokens], num_rows)
         tokens += made
     return tokens
 
@@ -222,19 +272,21 @@ def _run(
     num_rows: int,
 ) -> Iterator[list[list[int]]]:
     """Decodes up to each of `ends` in turn and yields the tokens so far."""
-    graphdef, params = _structure(model)
-    mesh = _mesh(params)
-    input_ids, segment_ids = (_place(x, mesh) for x in _pad(prompts, num_rows, mesh))
+    graphdef, params = structure(model)
+    mesh = mesh_of(params)
+    input_ids, segment_ids = (put(x, mesh) for x in pad_left(prompts, num_rows, mesh))
+    stop_ids = _stop_ids(model, None, config.stop_token_ids)
     choice = Choice(
         seed=np.uint32(config.seed % 2**32),
-        temperature=np.float32(config.temperature),
+        temperature=np.float32(config.temperature) if config.temperature else None,
         top_k=np.int32(config.top_k),
         top_p=np.float32(config.top_p),
-        stop_ids=np.array(_stop_ids(model, None, config.stop_token_ids), np.int32),
+        stop_ids=pad_stop_ids(stop_ids),
+        special=_special(model, config, stop_ids),
     )
-    num_tokens = _bucket(config.max_new_tokens)
+    num_tokens = bucket(config.max_new_tokens)
     # The mesh is not held across a yield: the caller's code runs there.
-    with _use(mesh):
+    with use_mesh(mesh):
         state: State = prefill_jit(
             params,
             input_ids,
@@ -244,7 +296,7 @@ def _run(
             num_tokens=num_tokens,
         )
     for end in ends:
-        with _use(mesh):
+        with use_mesh(mesh):
             state = decode_jit(params, state, choice, np.int32(end), graphdef=graphdef)
         tokens, lengths, stopped = jax.device_get(
             (state.tokens, state.lengths, state.stopped)
@@ -254,53 +306,42 @@ def _run(
             return
 
 
-def _structure(model: Any) -> tuple[Any, tree.Params]:
-    """Structure and arrays; equal structures compare equal, wherever they came from."""
-    graphdef, params = tree.split(model)
-    if model.provenance is not None:
-        # What is compiled must neither hang on to files nor differ because of them.
-        bare = tree.merge(graphdef, params)
-        bare.provenance = None
-        graphdef, params = tree.split(bare)
-    return graphdef, params
+def _search(
+    model: Any, prompts: Sequence[Sequence[int]], config: Config, num_rows: int
+) -> list[list[int]]:
+    """The best text that beam search finds for each prompt."""
+    graphdef, params = structure(model)
+    mesh = mesh_of(params)
+    input_ids, segment_ids = (put(x, mesh) for x in pad_left(prompts, num_rows, mesh))
+    stop_ids = _stop_ids(model, None, config.stop_token_ids)
+    choice = BeamChoice(
+        max_new_tokens=np.int32(config.max_new_tokens),
+        length_penalty=np.float32(config.length_penalty),
+        early_stopping=np.int32(EARLY_STOPPING[config.early_stopping]),
+        stop_ids=np.array(stop_ids, np.int32),
+        special=_special(model, config, stop_ids),
+    )
+    with use_mesh(mesh):
+        found = search_jit(
+            params,
+            input_ids,
+            segment_ids,
+            choice,
+            graphdef=graphdef,
+            num_tokens=bucket(config.max_new_tokens),
+            num_beams=config.num_beams,
+        )
+    tokens, lengths = jax.device_get(found)
+    return [tokens[i, : lengths[i]].tolist() for i in range(len(prompts))]
 
 
-def _mesh(params: tree.Params) -> Mesh | None:
-    for leaf in params.values():
-        if isinstance(leaf.sharding, NamedSharding):
-            return leaf.sharding.mesh  # type: ignore[return-value]
-    return None
-
-
-def _use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def _pad(
-    prompts: Sequence[Sequence[int]], num_rows: int, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts and segments, [B, T], padded on the left and with empty rows."""
-    shards = 1 if mesh is None else data_shards(mesh)
-    num_rows = -(-num_rows // shards) * shards
-    length = _bucket(max(len(prompt) for prompt in prompts))
-    input_ids = np.zeros((num_rows, length), np.int32)
-    segment_ids = np.zeros((num_rows, length), np.int32)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = prompt
-        segment_ids[row, length - len(prompt) :] = 1
-    return input_ids, segment_ids
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, so that few shapes are compiled."""
-    return max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
-
-
-def _place(array: np.ndarray, mesh: Mesh | None) -> Any:
-    if mesh is None:
-        return array
-    return jax.make_array_from_callback(
-        array.shape, batch_sharding(mesh), lambda index: array[index]
+def _special(model: Any, config: Config, stop_ids: tuple[int, ...]) -> Special | None:
+    return special_tokens(
+        model,
+        config.max_new_tokens,
+        stop_ids,
+        forced_bos_token_id=config.forced_bos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
     )
 
 
@@ -314,7 +355,7 @@ def _stop_ids(
     if model.provenance is not None:
         files = model.provenance.files
         named.append((files.generation_config or {}).get("eos_token_id"))
-        named.append(files.config.eos_token_id)
+        named.append(getattr(files.config, "eos_token_id", None))
     ids: list[Any] = []
     for entry in named:
         ids += entry if isinstance(entry, list | tuple) else [entry]
@@ -322,9 +363,14 @@ def _stop_ids(
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], config: Config) -> None:
+    if not hasattr(model, "init_cache"):
+        raise UserError(
+            f"a {type(model).__name__} cannot generate; load a causal language model"
+        )
     limit = None
     if model.provenance is not None:
-        limit = model.provenance.files.config.max_position_embeddings
+        config_of_model = model.provenance.files.config
+        limit = getattr(config_of_model, "max_position_embeddings", None)
     vocab_size = model.arch.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -335,6 +381,9 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], config: Config) -> None
                 f"prompt {number} has the token {wrong[0]}, but the model knows 0 to "
                 f"{vocab_size - 1}; use the model's own tokenizer"
             )
+        if isinstance(model, EncoderDecoder):
+            _check_lengths(number, len(prompt), config.max_new_tokens, limit)
+            continue
         total = len(prompt) + config.max_new_tokens
         if limit is not None and total > limit:
             raise UserError(
@@ -342,3 +391,17 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], config: Config) -> None
                 f"{config.max_new_tokens} that is {total}, but the model has "
                 f"{limit} positions (max_position_embeddings); shorten one of them"
             )
+        model.check_growth(len(prompt), total)
+
+
+def _check_lengths(
+    number: int, length: int, max_new_tokens: int, limit: int | None
+) -> None:
+    """An encoder-decoder counts the positions of the two texts apart."""
+    longest = max(length, max_new_tokens)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"prompt {number} has {length} tokens, max_new_tokens={max_new_tokens}, "
+            f"but the model has {limit} positions (max_position_embeddings) for "
+            "each of the two; shorten it"
+        )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fjft import tree
 from fjft.optimize.optimizer import apply_updates, clip_by_global_norm
 from fjft.sharding import constrain
-from fjft.train.state import TrainState
+from fjft.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 # (model, batch, rng) -> sums with `loss`, `weight`, `correct`; rng None is evaluation.
@@ -28,7 +28,7 @@ class StepMetrics(NamedTuple):
       correct_sum: Number of them whose target had the largest logit.
       num_tokens: Tokens that are not padding.
       grad_norm: Global norm of the mean loss's gradient, before clipping.
-      is_finite: Whether loss and gradient were; if not, nothing was updated.
+      is_finite: Whether loss, gradient and update were; if not, nothing was updated.
     """
 
     loss_sum: jax.Array
@@ -67,7 +67,7 @@ def make_train_step(
         has_aux=True,
     )
 
-    def step(
+    def train_step(
         state: TrainState, frozen: tree.Params, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -80,8 +80,12 @@ def make_train_step(
         sums, grads = _sum_over(microstep, batch, accumulation_steps)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
         grads, grad_norm = clip_by_global_norm(grads, max_grad_norm)
-        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        # A learning rate that is far too large shows in the update, a step before it
+        # shows in the loss.
+        for update in jax.tree.leaves(updates):
+            is_finite &= jnp.all(jnp.isfinite(update))
         new = apply_updates(state.params, updates), opt_state
         # A step that went wrong leaves no trace in what will be saved.
         params, opt_state = jax.tree.map(
@@ -99,7 +103,7 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
-    return step
+    return train_step
 
 
 def _with_sums(sums: Any) -> tuple[jax.Array, Any]:
@@ -141,7 +145,7 @@ def make_eval_step(
 ) -> Callable[[tree.Params, tree.Params, Batch], Any]:
     """Makes `(params, frozen, batch) -> sums`, without anything random in it."""
 
-    def step(params: tree.Params, frozen: tree.Params, batch: Batch) -> Any:
+    def eval_step(params: tree.Params, frozen: tree.Params, batch: Batch) -> Any:
         return loss(tree.merge(graphdef, frozen, params), batch, None)
 
-    return step
+    return eval_step

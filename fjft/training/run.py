@@ -20,8 +20,8 @@ from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.evaluate.perplexity import evaluate_sums
 from fjft.optimize.optimizer import make_optimizer, make_schedule
-from fjft.train import step as steps
-from fjft.train.state import TrainState, init_state
+from fjft.training import step as steps
+from fjft.training.state import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +53,30 @@ class Run:
     flops_per_token: float
     mesh: Mesh
 
-    def place(self, batch: dict[str, np.ndarray]) -> steps.Batch:
-        """Puts this process's rows of a batch on its devices."""
-        rows = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(rows, array)
-            for name, array in batch.items()
-        }
-
     def batches(self) -> Iterator[steps.Batch]:
         """Training batches from where the loader stands, on the devices."""
-        return map(self.place, self.loader)
+        return (place(batch, self.mesh) for batch in self.loader)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Judges the held-out rows; empty when there are none."""
         if self.eval_loader is None:
             return {}
         judge = functools.partial(self.eval_step, state.params, self.frozen)
-        return evaluate_sums(judge, map(self.place, self.eval_loader.batches()))
+        batches = self.eval_loader.batches()
+        return evaluate_sums(judge, (place(batch, self.mesh) for batch in batches))
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
         return tree.merge(self.graphdef, self.frozen, state.params)
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh) -> steps.Batch:
+    """Puts this process's rows of a batch on its devices."""
+    rows = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(rows, array)
+        for name, array in batch.items()
+    }
 
 
 def build_run(
@@ -95,7 +97,21 @@ def build_run(
     e = experiment
     batch_size, accumulation = e.train.batch_size, e.train.accumulation_steps
     sharding.check_batch(batch_size, accumulation, mesh)
-    loader, eval_loader = _make_loaders(e, mesh, train, held_out)
+    loader = Loader(
+        train,
+        batch_size,
+        seed=e.train.seed,
+        num_epochs=None if e.train.max_steps else math.ceil(e.train.num_epochs),
+        shuffle=e.data.shuffle,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    eval_loader = make_eval_loader(e, mesh, held_out) if len(held_out) else None
+    if e.evaluate.eval_steps and eval_loader is None:
+        raise UserError(
+            f"evaluate.eval_steps is {e.evaluate.eval_steps}, but no rows are held "
+            "out; set data.eval or data.eval_size, or evaluate.eval_steps=0"
+        )
     total_steps = e.train.max_steps or math.ceil(
         e.train.num_epochs * loader.batches_per_epoch
     )
@@ -117,11 +133,11 @@ def build_run(
     optimizer = make_optimizer(
         e.optimizer,
         total_steps,
-        stack_axes={path: axes[path].count("layers") for path in trainable},
+        stack_axes={path: _stack_axes(axes[path]) for path in trainable},
         muon_mask={path: "vocab" not in axes[path] for path in trainable},
     )
     state = init_state(trainable, optimizer, e.train.seed)
-    loss = _make_loss(e)
+    loss = make_loss(e)
     train_step = steps.make_train_step(
         graphdef,
         loss,
@@ -139,35 +155,34 @@ def build_run(
         schedule=make_schedule(e.optimizer, total_steps),
         total_steps=total_steps,
         num_trainable=e.method.num_trainable(model, table, e.peft),
-        flops_per_token=_flops_per_token(trainable, frozen),
+        flops_per_token=_flops_per_token(
+            trainable, frozen, axes, getattr(model.arch, "experts", None)
+        ),
         mesh=mesh,
     )
     return run, state
 
 
-def _make_loaders(
-    e: Experiment, mesh: Mesh, train: Rows, held_out: Rows
-) -> tuple[Loader, Loader | None]:
-    here = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    loader = Loader(
-        train,
-        e.train.batch_size,
-        seed=e.train.seed,
-        num_epochs=None if e.train.max_steps else math.ceil(e.train.num_epochs),
-        shuffle=e.data.shuffle,
-        **here,
-    )
-    if not len(held_out):
-        return loader, None
+def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
+    """Makes the loader of held-out rows, in order.
+
+    Raises:
+      UserError: A batch does not fit the mesh.
+    """
     size = e.evaluate.batch_size or e.train.batch_size // e.train.accumulation_steps
     sharding.check_batch(size, 1, mesh)
-    return loader, Loader(held_out, size, shuffle=False, **here)
+    return Loader(
+        held_out,
+        size,
+        shuffle=False,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
-def _make_loss(e: Experiment) -> steps.Loss:
+def make_loss(e: Experiment) -> steps.Loss:
+    """Makes the objective's `(model, batch, rng) -> sums`; rng None is evaluation."""
+
     def loss(model: Any, batch: steps.Batch, rng: jax.Array | None) -> Any:
         remat = e.model.remat if rng is not None else "none"
         return e.objective_module.loss(model, batch, e.objective, rng=rng, remat=remat)
@@ -175,22 +190,40 @@ def _make_loss(e: Experiment) -> steps.Loss:
     return loss
 
 
-def _flops_per_token(trainable: tree.Params, frozen: tree.Params) -> float:
+def _stack_axes(axes: tuple[str | None, ...]) -> int:
+    """How many leading axes only lay matrices side by side."""
+    return axes.count("layers") + axes.count("expert")
+
+
+def _flops_per_token(
+    trainable: tree.Params,
+    frozen: tree.Params,
+    axes: dict[str, tuple[str | None, ...]],
+    experts: Any,
+) -> float:
     """Model FLOPs of one token's matrix products, forward and backward.
 
     Two per weight forward, two for the gradient of its input, and two more for its own
-    gradient where it is trained. Attention's own products are left out, as is what the
-    backward pass recomputes, so the utilization worked out from it is a lower bound.
+    gradient where it is trained. Of routed experts only those that a token goes to
+    count. Attention's own products are left out, as is what the backward pass
+    recomputes, so the utilization worked out from it is a lower bound.
     """
 
-    def matrix_size(params: tree.Params) -> int:
-        shapes = (p.shape for path, p in params.items() if _is_matrix(path, params))
-        return sum(math.prod(shape) for shape in shapes)
+    def matrix_size(params: tree.Params) -> float:
+        return sum(
+            math.prod(p.shape) * _share(path)
+            for path, p in params.items()
+            if _is_matrix(path, params)
+        )
+
+    def _share(path: str) -> float:
+        return experts.per_token / experts.count if "expert" in axes[path] else 1.0
 
     def _is_matrix(path: str, params: tree.Params) -> bool:
         looked_up = path == "embedding.weight" and any(
             p.startswith("lm_head.") for p in (*trainable, *frozen)
         )
+        looked_up |= "positions" in axes[path]
         return not looked_up and jnp.ndim(params[path]) >= 2
 
     return 6.0 * matrix_size(trainable) + 4.0 * matrix_size(frozen)
