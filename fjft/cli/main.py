@@ -1,0 +1,119 @@
+"""The command `fjft`: finds the command that is meant, and says what went wrong."""
+
+import argparse
+import errno
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from fjft.errors import UserError
+
+# From here `fjft bench` counts: the time until the first step is what a user waits.
+STARTED = time.perf_counter()
+
+COMMANDS = {
+    "train": "fine-tune a model as a config says",
+    "evaluate": "loss, perplexity and token accuracy on held-out data",
+    "generate": "let a model answer prompts",
+    "export": "write a run's adapter, or a whole Hugging Face model",
+    "bench": "time the train step of a config",
+}
+EXAMPLE = """\
+examples:
+  fjft train --config=configs/smollm2_lora_quickstart.py
+  fjft train --config=configs/smollm2_lora_quickstart.py:smoke --config.train.max_steps=4
+  fjft COMMAND --help
+"""  # noqa: E501
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: What stands behind `fjft`; the process's own arguments when None.
+
+    Returns:
+      The exit code: 0 is good, 1 what the user can mend, 130 an interruption. A wrong
+      use of flags exits with 2; any other exception is a bug and keeps its trace.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        return _without_command(argv)
+    _quieten_libraries()
+    debug = "--debug" in argv
+    try:
+        command = importlib.import_module(f"fjft.cli.{argv[0]}")
+        command.run(command.make_parser(), argv[1:])
+    except KeyboardInterrupt:
+        print("fjft: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough; what is buffered cannot be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        explained = explain(error)
+        if explained is None or debug:
+            raise
+        print(f"fjft: {explained}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> str | None:
+    """One line about an error that the user can mend; None for a bug."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return " ".join(line.strip() for line in text.splitlines())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return (
+            f"no space left{where}; free some, or name another directory by "
+            "--config.checkpoint.directory=... or the variable TMPDIR"
+        )
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}; name a place you may write to"
+    out_of_memory = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if isinstance(error, MemoryError) or out_of_memory:
+        return (
+            "out of memory; lower train.batch_size or data.max_length, raise "
+            "train.accumulation_steps, or set model.remat=full, model.dtype=bfloat16 "
+            "or a larger mesh.fsdp (--debug shows where it happened)"
+        )
+    return None
+
+
+def _without_command(argv: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fjft",
+        usage="fjft COMMAND [flags]",
+        description="Fine-tunes Hugging Face language models in JAX and Flax.",
+        epilog=f"commands:\n{listed}\n\n{EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    version = f"fjft {importlib.metadata.version('fjft')}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    chosen, _ = parser.parse_known_args(argv)
+    what = f"unknown command {chosen.command!r}" if chosen.command else "no command"
+    parser.error(f"{what}; use one of {', '.join(COMMANDS)}")
+
+
+def _quieten_libraries() -> None:
+    """Leaves out what libraries say that the user of this program cannot act on."""
+    # transformers notes at import that it found no torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Orbax logs its own steps, through absl.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
