@@ -1,4 +1,4 @@
-"""Eight CPU devices and no silent promotion, for every test."""
+"""Eight CPU devices and no silent promotion, for every test; tiny models to share."""
 
 import os
 
@@ -9,10 +9,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jaxtyping
 
 jaxtyping.install_import_hook(
-    ["fjft.models", "fjft.peft", "fjft.objectives"], "beartype.beartype"
+    ["fjft.models", "fjft.peft", "fjft.objectives"], "typecheck.check_types"
 )
 
-import jax
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def get_twins(tmp_path_factory):
+    """Gives the tiny model of a case, made once."""
+    made = {}
+
+    def get(case: str) -> tiny.Twins:
+        if case not in made:
+            made[case] = tiny.make_twins(case, tmp_path_factory.mktemp("hf"))
+        return made[case]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=tiny.CASES)
+def twins(request, get_twins):
+    """Every tiny model in turn."""
+    return get_twins(request.param)

@@ -409,5 +409,5 @@ def test_an_unknown_tensor_suggests_near_names(tmp_path):
 
 def test_other_formats_are_named_as_unread(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin.*safetensors and GGUF"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*safetensors, GGUF"):
         open_safetensors(tmp_path)

@@ -1,0 +1,120 @@
+"""What the command line says of itself, and of errors that are not the user's."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from fjft import build
+from fjft.cli import flags, main
+from fjft.errors import UserError
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_help_with_an_example(call, command):
+    said = call([command, "--help"])
+    assert said.code == 0
+    assert f"fjft {command} " in said.out.split("example:")[1]
+
+
+def test_help_lists_every_command(call):
+    said = call(["--help"])
+    assert said.code == 0
+    assert all(f"\n  {command} " in said.out for command in main.COMMANDS)
+
+
+def test_version(call):
+    assert call(["--version"]).out == "fjft 0.1.0\n"
+
+
+def test_bug_keeps_its_trace(monkeypatch):
+    def break_down(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fjft.cli.train.run", break_down)
+    with pytest.raises(ZeroDivisionError):
+        main.main(["train"])
+
+
+def test_debug_shows_the_trace_of_a_users_mistake():
+    with pytest.raises(UserError):
+        main.main(["train", "--config=nosuch.py", "--debug"])
+
+
+def test_interruption_is_quiet(monkeypatch, call):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fjft.cli.train.run", interrupt)
+    assert call(["train"]) == (130, "", "fjft: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "no space left"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory on HBM"), "train.batch_size"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b"),
+    ],
+)
+def test_errors_of_the_machine_are_explained(error, said):
+    explained = main.explain(error)
+    assert explained is not None
+    assert said in explained
+    assert "\n" not in explained
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.max_steps", "7", 7),
+        ("optimizer.learning_rate", "1e-4", 1e-4),
+        ("optimizer.warmup_steps", "5", 5.0),
+        ("data.packing", "False", False),
+        ("data.packing", "1", True),
+        ("data.buckets", "128,256", (128, 256)),
+        ("data.buckets", "(64, )", (64,)),
+        ("data.buckets", "", ()),
+        ("data.train", "a.jsonl,b.jsonl", "a.jsonl,b.jsonl"),
+        ("peft.target_modules", "q_proj|layers\\.1\\..*", "q_proj|layers\\.1\\..*"),
+        ("peft.rank_pattern.q_proj", "4", 4),
+        ("peft.rank_pattern.layers\\.1\\..*", "2", 2),
+        ("checkpoint.resume", "true", True),
+        ("model.source", "a=b", "a=b"),
+    ],
+)
+def test_overrides_take_the_type_of_their_option(
+    llama, write_config, tmp_path, key, text, value
+):
+    path = write_config(llama, tmp_path)
+    parser = flags.make_parser("train", "", "")
+    flags.add_config(parser)
+    chosen = flags.parse(parser, [f"--config={path}", f"--config.{key}={text}"])
+    config = flags.load_config(chosen)
+    section, option, *entry = key.split(".", 2)
+    found: Any = config.to_dict()[section][option]
+    found = found[entry[0]] if entry else found
+    assert found == value
+    assert type(found) is type(value)
+    build.build_experiment(config)
+
+
+def test_new_method_drops_the_options_of_the_old_one(llama, write_config, tmp_path):
+    config = build.load_config(write_config(llama, tmp_path), {"peft.method": "full"})
+    assert config.to_dict()["peft"] == {"method": "full"}
+    build.build_experiment(config)
+
+
+def test_options_that_the_file_leaves_out_can_be_set(llama, write_config, tmp_path):
+    path = write_config(llama, tmp_path)
+    values = {"evaluate.batch_size": 4, "objective.label_smoothing": 0.1}
+    experiment = build.build_experiment(build.load_config(path, values))
+    assert experiment.evaluate.batch_size == 4
+    assert experiment.objective.label_smoothing == 0.1
+
+
+def test_values_from_python_are_checked(llama, write_config, tmp_path):
+    path = write_config(llama, tmp_path)
+    with pytest.raises(UserError, match=r"train.max_steps='3'.*a whole number"):
+        build.load_config(path, {"train.max_steps": "3"})

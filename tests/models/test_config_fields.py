@@ -1,0 +1,103 @@
+"""No field of a config is passed over: logits follow torch's, or loading refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from fjft.errors import UserError
+
+# What these say is not about the model's maths, and other values are no valid configs.
+NOT_FIELDS = {"transformers_version", "is_encoder_decoder", "return_dict"} | {
+    "initializer_range"  # of the maths of new weights only, which have their own test
+}
+# Tried in turn until transformers takes one.
+CHANGES = {
+    bool: [lambda x: not x],
+    int: [lambda x: x * 2, lambda x: x + 1, lambda x: x - 1],
+    float: [lambda x: x * 1.5 + 0.125],
+}
+OTHER_VALUES = {
+    "hidden_act": ["relu", "gelu", "hardswish", "gelu_pytorch_tanh"],
+    "head_dim": [14],
+    "layer_types": [
+        ["full_attention", "sliding_attention", "full_attention"],
+        ["chunked_attention"] * 3,
+    ],
+    "num_key_value_heads": [3, 1],
+    "pad_token_id": [7],
+    "quantization_config": [{"quant_method": "fp8"}],
+    "sliding_window": [3, None],
+    "tie_word_embeddings": [True, False],
+    "rope_parameters": [
+        tiny.LLAMA3_ROPE,
+        tiny.LINEAR_ROPE,
+        {"rope_type": "default", "rope_theta": 77.0},
+        tiny.LINEAR_ROPE | {"partial_rotary_factor": 0.5},
+        {"rope_type": "yarn", "rope_theta": 5e3, "factor": 2.0}
+        | {"original_max_position_embeddings": 32},
+        {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0},
+        *(
+            tiny.LLAMA3_ROPE | {key: value * 1.5}
+            for key, value in tiny.LLAMA3_ROPE.items()
+            if isinstance(value, float)
+        ),
+        tiny.LLAMA3_ROPE | {"original_max_position_embeddings": 20},
+    ],
+}
+SMALL = {"num_hidden_layers": 3, "layer_types": None}
+
+
+def _small(case: str, **changes):
+    family = case.partition("/")[0]
+    small = SMALL if family.startswith("qwen") else {}
+    return tiny.make_config(case, **(small | changes))
+
+
+def _perturbations():
+    for family, variants in tiny.CONFIGS.items():
+        case = f"{family}/{next(iter(variants))}"
+        fields = _small(case).to_dict()
+        for name, value in {**fields, **dict.fromkeys(OTHER_VALUES)}.items():
+            if name in NOT_FIELDS:
+                continue
+            values = OTHER_VALUES.get(name)
+            if values is None:
+                changes = CHANGES.get(type(value), [])
+                values = [change(value) for change in changes]
+                if values:  # the first that transformers takes
+                    yield pytest.param(case, name, values, id=f"{family}-{name}")
+                continue
+            for i, other in enumerate(values):
+                yield pytest.param(case, name, [other], id=f"{family}-{name}-{i}")
+
+
+def _perturbed_twin(case, name, values, ids):
+    """The torch model of the first value that transformers can run, and its logits."""
+    for value in values:
+        try:
+            twin = tiny.make_torch(_small(case, **{name: value}))
+            return twin, value, tiny.torch_logits(twin, ids)
+        except Exception:  # transformers has no one way to refuse
+            continue
+    return None, None, None
+
+
+@pytest.mark.parametrize(("case", "name", "values"), list(_perturbations()))
+def test_a_changed_field_changes_our_logits_as_it_does_torchs(case, name, values):
+    ids = tiny.random_ids(1, 20)
+    twin, value, theirs = _perturbed_twin(case, name, values, ids)
+    if twin is None:
+        pytest.skip(f"transformers refuses {name}={values}")
+    try:
+        model = tiny.build_model(tiny.memory_files(twin))
+    except UserError as refusal:
+        message = str(refusal)
+        keys = value if isinstance(value, dict) else ()
+        assert name in message or any(key in message for key in keys), message
+        return
+    # Operation by operation: what a field does not touch need not compile again.
+    with jax.disable_jit():
+        ours = np.asarray(model(jnp.asarray(ids)))
+    assert tiny.max_error(ours, theirs) < 1e-4

@@ -1,0 +1,110 @@
+"""LoRA models of `peft` in torch, and what compares them with ours."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+import fjft
+from fjft import tree
+
+ADAPTER_NAME = ".default"
+
+
+def make_peft(twin: Any, seed: int = 0, **options: Any) -> Any:
+    """`peft`'s LoRA on a copy of a torch model, as it starts."""
+    import peft
+    import torch
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(copy.deepcopy(twin), config).eval()
+
+
+def randomize(model: Any, seed: int = 1) -> Any:
+    """Gives everything that `peft` trains a value that is not where it starts."""
+    import torch
+
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 0.0, 0.15)
+    return model
+
+
+def load_peft(twin: Any, directory: Any) -> Any:
+    """A PEFT directory on top of a copy of a torch model, loaded by `peft`."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(copy.deepcopy(twin), directory).eval()
+
+
+def trained_by_peft(model: Any) -> dict[str, Any]:
+    """What `peft` trains, under the names of its files."""
+    return {
+        name.replace(ADAPTER_NAME, "").replace(".modules_to_save", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def table(model: Any) -> list[Any]:
+    """PEFT's tensors of our model."""
+    provenance = model.provenance
+    return provenance.method.peft_tensors(
+        model, provenance.sites, provenance.peft_config
+    )
+
+
+def is_trainable(model: Any) -> Any:
+    """What our method trains."""
+    provenance = model.provenance
+    return provenance.method.is_trainable(provenance.peft_config, provenance.sites)
+
+
+def scatter(model: Any, seed: int = 3) -> Any:
+    """Gives our trained parameters random values, spare rows and columns left out."""
+    rng = np.random.default_rng(seed)
+    _, params = tree.split(model)
+    new = {}
+    for tensor in table(model):
+        if tensor.path not in new:
+            new[tensor.path] = np.zeros(params[tensor.path].shape, np.float32)
+        part = new[tensor.path][tensor.index]
+        new[tensor.path][tensor.index] = 0.15 * rng.standard_normal(part.shape)
+    tree.update(model, {path: jnp.asarray(value) for path, value in new.items()})
+    return model
+
+
+def assert_same_logits(ours: Any, theirs: Any, tolerance: float) -> float:
+    """Compares logits on a few random tokens; returns the largest difference."""
+    ids = tiny.random_ids(2, 20)
+    error = tiny.max_error(tiny.jit_apply(ours)(ids), tiny.torch_logits(theirs, ids))
+    assert error < tolerance
+    return error
+
+
+def mean_loss_gradients(model: Any, batch: dict[str, np.ndarray]) -> Any:
+    """Our mean loss and its gradients by path, of what is trained."""
+    from fjft.objectives import causal_lm
+
+    graphdef, params = tree.split(model)
+    trained, frozen = tree.partition(params, is_trainable(model))
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(trained: Any) -> jax.Array:
+        merged = tree.merge(graphdef, frozen, trained)
+        arrays = jax.tree.map(jnp.asarray, batch)
+        sums = causal_lm.loss(merged, arrays, causal_lm.Config())
+        return sums.loss / sums.weight
+
+    return mean_loss(trained)
+
+
+def load(source: Any, adapter: Any) -> Any:
+    """Our model with a PEFT directory on top."""
+    return fjft.load_model(str(source), adapter=adapter)

@@ -1,0 +1,45 @@
+"""LoRA on every linear map of every decoder family, to `peft` and back."""
+
+import json
+
+import peft_twins
+import pytest
+import tiny
+import tiny_decoders
+
+import fjft
+from fjft.errors import UserError
+from fjft.peft import lora
+
+CASES = [
+    f"{family}/{next(iter(names))}" for family, names in tiny_decoders.CONFIGS.items()
+]
+CONFIG = lora.Config(r=3, lora_alpha=7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_go_to_peft_and_back(name, get_twins, tmp_path, record_property):
+    twins = get_twins(name)
+    theirs = peft_twins.make_peft(
+        twins.torch, r=3, lora_alpha=7, target_modules="all-linear"
+    )
+    peft_twins.randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peft_twins.load(twins.directory, tmp_path / "theirs")
+    error = peft_twins.assert_same_logits(ours, theirs, 1e-4)
+
+    ours = peft_twins.scatter(tiny.build_model(twins.directory, lora, CONFIG))
+    fjft.save_adapter(ours, tmp_path / "ours")
+    theirs = peft_twins.load_peft(twins.torch, tmp_path / "ours")
+    record_property(
+        "max_error", max(error, peft_twins.assert_same_logits(ours, theirs, 1e-4))
+    )
+    described = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert described["fan_in_fan_out"] == name.startswith("gpt2/")
+
+
+def test_a_head_of_another_name_is_no_target(get_twins):
+    twins = get_twins("gpt_neox/parallel")
+    config = lora.Config(r=2, target_modules="embed_out|dense")
+    with pytest.raises(UserError, match="means embed_out, which LoRA does not adapt"):
+        tiny.build_model(twins.directory, lora, config)
