@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-TRAIN_TESTS = Path(__file__).parents[1] / "train"
+TRAINING_TESTS = Path(__file__).parents[1] / "training"
 
 CONFIG = '''\
 """A tiny run."""
@@ -64,7 +64,7 @@ def compile_cache(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_experiment() -> Any:
     """The module that makes tiny models and their configs."""
-    sys.path.insert(0, str(TRAIN_TESTS))
+    sys.path.insert(0, str(TRAINING_TESTS))
     return importlib.import_module("tiny_experiment")
 
 
