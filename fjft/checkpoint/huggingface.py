@@ -264,6 +264,18 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+def _generation_options(files: ModelFiles) -> dict[str, Any]:
+    """Options of generation in an old config.json, which no config keeps any more."""
+    from transformers import GenerationConfig
+
+    known = set(GenerationConfig().to_dict()) - set(files.config.to_dict())
+    return {
+        name: value
+        for name, value in files.config_dict.items()
+        if name in known and value is not None
+    }
+
+
 def _write_companions(model: Any, directory: Path, dtype: np.dtype) -> None:
     """Everything in a Hugging Face directory that is not weights."""
     files: ModelFiles = model.provenance.files
@@ -271,13 +283,9 @@ def _write_companions(model: Any, directory: Path, dtype: np.dtype) -> None:
     config.dtype = dtype.name
     if not config.architectures:
         config.architectures = [class_name(config.model_type, of_model(model))]
-    # Old configs hold options of generation too, with which transformers writes none.
-    options = config._get_generation_parameters()
-    for name in options:
-        delattr(config, name)
     config.save_pretrained(directory)
-    generation = files.generation_config or options or None
-    if generation is not None:
+    generation = files.generation_config or _generation_options(files)
+    if generation:
         text = json.dumps(generation, indent=2, ensure_ascii=False)
         (directory / "generation_config.json").write_text(text + "\n", "utf-8")
     try:

@@ -154,7 +154,8 @@ def _named(model: EncoderDecoder) -> Mapping[str, Any]:
     files = model.provenance.files
     if files.generation_config is not None:
         return files.generation_config
-    return files.config.to_dict()
+    # transformers' configs drop such options; the file as written still has them.
+    return {**files.config.to_dict(), **files.config_dict}
 
 
 def _as_tuple(ids: Any) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """BART, mBART and Marian: tables of positions, names old and new."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from transformers.models.marian.modeling_marian import (
 
 import fjft
 from fjft.errors import UserError
+from fjft.generation.seq2seq import special_tokens
 from fjft.models.positions import sinusoids
 
 
@@ -76,14 +76,17 @@ def test_a_position_beyond_the_table_does_not_go_unnoticed():
     assert np.isnan(states[1]).any()
 
 
-def test_generation_options_in_an_old_config_do_not_hinder_saving(tmp_path):
+def test_generation_options_in_an_old_config_are_heeded_and_kept(tmp_path):
     files = _files("bart/post-norm")
-    kind: Any = type(files.config)
-    config = kind(**files.config.to_dict(), num_beams=4, forced_bos_token_id=0)
+    written = files.config.to_dict() | {"num_beams": 4, "forced_bos_token_id": 0}
     files = dataclasses.replace(
-        files, config=config, load_tokenizer=tiny.make_tokenizer
+        files, config_dict=written, load_tokenizer=tiny.make_tokenizer
     )
     model = tiny.build_model(files)
+    special = special_tokens(model, 9, (2,))
+    assert special is not None
+    assert (special.first_id, special.start_id) == (0, 5)
+    assert np.asarray(special.last_ids)[0] == 2
     fjft.save_model(model, tmp_path)
     saved = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (saved.num_beams, saved.forced_bos_token_id) == (4, 0)
