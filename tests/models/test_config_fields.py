@@ -7,6 +7,8 @@ import pytest
 import tiny
 
 from fjft.errors import UserError
+from fjft.models.families import FAMILIES
+from fjft.models.fields import HARMLESS, Fields
 
 # What these say is not about the model's maths, and other values are no valid configs.
 NOT_FIELDS = {"transformers_version", "is_encoder_decoder", "return_dict"} | {
@@ -55,22 +57,34 @@ def _small(case: str, **changes):
     return tiny.make_config(case, **(small | changes))
 
 
+# Read with getattr by models whose config class does not declare them, or by loaders.
+UNDECLARED = ("head_dim", "quantization_config")
+
+
 def _perturbations():
     for family, variants in tiny.CONFIGS.items():
         case = f"{family}/{next(iter(variants))}"
-        fields = _small(case).to_dict()
-        for name, value in {**fields, **dict.fromkeys(OTHER_VALUES)}.items():
-            if name in NOT_FIELDS:
-                continue
-            values = OTHER_VALUES.get(name)
-            if values is None:
-                changes = CHANGES.get(type(value), [])
-                values = [change(value) for change in changes]
+        fields = dict.fromkeys(UNDECLARED) | _small(case).to_dict()
+        # Two that are harmless in most families, and that others read.
+        always_harmless = HARMLESS - {"max_position_embeddings", "pad_token_id"}
+        for name in fields.keys() - always_harmless - NOT_FIELDS:
+            if name not in OTHER_VALUES:
+                values = _other_numbers(fields[name])
                 if values:  # the first that transformers takes
                     yield pytest.param(case, name, values, id=f"{family}-{name}")
                 continue
-            for i, other in enumerate(values):
+            others = OTHER_VALUES[name]
+            if name == "rope_parameters" and family != "llama":
+                others = others[:3]
+            for i, other in enumerate(others):
                 yield pytest.param(case, name, [other], id=f"{family}-{name}-{i}")
+
+
+def _other_numbers(value):
+    return [change(value) for change in CHANGES.get(type(value), [])]
+
+
+PERTURBATIONS = sorted(_perturbations(), key=lambda parameters: str(parameters.id))
 
 
 def _perturbed_twin(case, name, values, ids):
@@ -84,7 +98,7 @@ def _perturbed_twin(case, name, values, ids):
     return None, None, None
 
 
-@pytest.mark.parametrize(("case", "name", "values"), list(_perturbations()))
+@pytest.mark.parametrize(("case", "name", "values"), PERTURBATIONS)
 def test_a_changed_field_changes_our_logits_as_it_does_torchs(case, name, values):
     ids = tiny.random_ids(1, 20)
     twin, value, theirs = _perturbed_twin(case, name, values, ids)
@@ -101,3 +115,32 @@ def test_a_changed_field_changes_our_logits_as_it_does_torchs(case, name, values
     with jax.disable_jit():
         ours = np.asarray(model(jnp.asarray(ids)))
     assert tiny.max_error(ours, theirs) < 1e-4
+
+
+def _fields_that_are_read(twin):
+    """What this family reads, though it is harmless in others."""
+    read = set()
+
+    class Recorder(Fields):
+        def take(self, name):
+            read.add(name)
+            return super().take(name)
+
+    family = FAMILIES[twin.config.model_type]
+    family.architecture(Recorder(twin.config, tiny.memory_files(twin).tensors))
+    return read
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_fields_called_harmless_change_nothing_in_torch(family):
+    case, ids = f"{family}/{next(iter(tiny.CONFIGS[family]))}", tiny.random_ids(1, 20)
+    twin = tiny.make_torch(_small(case))
+    expected, fields = tiny.torch_logits(twin, ids), twin.config.to_dict()
+    read = _fields_that_are_read(twin)
+    for name in sorted((fields.keys() & HARMLESS) - NOT_FIELDS - read):
+        other, _, _ = _perturbed_twin(case, name, _other_numbers(fields[name]), ids)
+        if other is not None:
+            other.load_state_dict(twin.state_dict())
+            np.testing.assert_array_equal(
+                tiny.torch_logits(other, ids), expected, err_msg=name
+            )
