@@ -11,9 +11,12 @@ import fjft
 from fjft.errors import UserError
 from fjft.peft import lora
 
+# `peft` cannot tell experts from a dense layer's maps of the same names, so no such mix.
 CASES = [
-    f"{family}/{next(iter(names))}" for family, names in tiny_decoders.CONFIGS.items()
-]
+    f"{family}/{next(iter(names))}"
+    for family, names in tiny_decoders.CONFIGS.items()
+    if family != "qwen3_moe"
+] + ["qwen3_moe/windowed-tied"]
 CONFIG = lora.Config(r=3, lora_alpha=7)
 # Families whose experts `peft` adapts as whole parameters, which is refused here.
 FUSED_EXPERTS = ("mixtral/", "qwen3_moe/")
