@@ -95,7 +95,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             rope_parameters=_rope(7e2),
         ),
         "no-caps": _gemma(
-            query_pre_attn_scalar=7,
+            query_pre_attn_scalar=29,
             attn_logit_softcapping=None,
             final_logit_softcapping=None,
             attention_bias=True,

@@ -111,25 +111,19 @@ def test_cached_decoding_equals_the_full_pass(twins, record_property):
     assert int(cache.length) == T
 
 
-# Found to differ by up to 1.3e-4 in gradients, or to route other tokens in bfloat16,
-# and not yet explained; the other families of their kinds are within the tolerance.
-UNEXPLAINED = {"smollm3/every-third", "mixtral/one-expert-tied"}
-
-
-def _expect_rounding(case: str, request) -> None:
-    if case in UNEXPLAINED:
-        request.applymarker(pytest.mark.xfail(reason="rounding, not yet explained"))
-
-
-def test_loss_and_gradients_equal_torch(twins, record_property, request):
-    _expect_rounding(twins.case, request)
+def test_loss_and_gradients_equal_torch(twins, record_property):
     batch = tiny.make_batch([[T], [T]], T)
     ids, labels = (torch.tensor(batch[k]).long() for k in ("input_ids", "labels"))
-    twins.torch.zero_grad()
-    out = twins.torch(ids, labels=labels, use_cache=False)
+    # In float64, to be the more exact of the two.
+    twin = tiny.cast(twins.torch, "float64")
+    twin.set_experts_implementation("eager")  # torch's grouped one has no float64
+    out = twin(ids, labels=labels, use_cache=False)
     out.loss.backward()
-    theirs = {name: p.grad for name, p in twins.torch.named_parameters()}
-    theirs = tiny.as_stored(twins.torch, theirs)
+    theirs = {name: p.grad for name, p in twin.named_parameters()}
+    theirs = tiny.as_stored(twin, theirs)
+    # Some are zero but for rounding (transformers' softmax is float32 even here): a
+    # router's where one expert's weight is scaled to 1, keys' biases without rotation.
+    zero = 1e-6 * max(float(np.abs(g).max()) for g in theirs.values())
 
     graphdef, params = tree.split(twins.model)
 
@@ -145,13 +139,12 @@ def test_loss_and_gradients_equal_torch(twins, record_property, request):
     loss, grads = mean_loss(params)
     assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
     worst = 0.0
-    # A gradient that is zero but for rounding, as that of keys' biases where nothing is
-    # rotated, has no size of its own.
-    smallest = 1e-4 * max(float(np.abs(g).max()) for g in theirs.values())
     for site in twins.model.provenance.sites:
         expected = tiny.gather(site, theirs)
-        size = max(float(np.abs(expected).max()), smallest)
-        worst = max(worst, tiny.max_error(grads[site.path], expected) / size)
+        if np.abs(expected).max() < zero:
+            assert np.abs(grads[site.path]).max() < zero, site.path
+        else:
+            worst = max(worst, tiny.relative_error(grads[site.path], expected))
         for name in site.hf_names:
             del theirs[name]
     assert not theirs
@@ -222,16 +215,16 @@ def test_a_window_shorter_or_longer_than_the_sequence(window):
     assert error < TOLERANCE
 
 
-def test_bfloat16_is_as_near_to_float32_as_torch_is(twins, record_property, request):
-    _expect_rounding(twins.case, request)
+def test_bfloat16_is_as_near_to_float32_as_torch_is(twins, record_property):
     ids = tiny.random_ids(B, T)
     exact = tiny.torch_logits(twins.torch, ids)
     half = tiny.cast(twins.torch, "bfloat16")
-    theirs = np.abs(tiny.torch_logits(half, ids) - exact).mean()
+    # The median, since rounding sends a token here and there to another expert.
+    theirs = np.median(np.abs(tiny.torch_logits(half, ids) - exact))
     model = tiny.build_model(twins.directory, dtype="bfloat16")
     logits = tiny.jit_apply(model)(ids)
     assert logits.dtype == jnp.bfloat16
-    ours = np.abs(logits.astype(np.float32) - exact).mean()
-    record_property("mean_error_ours", float(ours))
-    record_property("mean_error_torch", float(theirs))
+    ours = np.median(np.abs(logits.astype(np.float32) - exact))
+    record_property("median_error_ours", float(ours))
+    record_property("median_error_torch", float(theirs))
     assert ours < 1.3 * theirs
