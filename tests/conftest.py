@@ -5,7 +5,8 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny models run for less time than they compile.
+# The cores belong to the workers, and tiny models run for less time than they compile.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
