@@ -11,7 +11,7 @@ import fjft
 from fjft.errors import UserError
 from fjft.peft import lora
 
-# `peft` cannot tell experts from a dense layer's maps of the same names, so no such mix.
+# `peft` cannot tell experts from a dense layer's maps of the same names: no such mix.
 CASES = [
     f"{family}/{next(iter(names))}"
     for family, names in tiny_decoders.CONFIGS.items()
