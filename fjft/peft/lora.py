@@ -239,6 +239,8 @@ def _saved_modules(config: Config, sites: Sequence[Site]) -> dict[str, str]:
     """The modules that are trained whole, each with the module that a pattern means.
 
     That may be one that holds it: `classifier` means RoBERTa's `classifier.dense` too.
+    And it may only end so, since PEFT would ask a file that names DistilBERT's
+    `classifier` for its `pre_classifier` too.
     """
     if not config.modules_to_save:
         return {}
@@ -246,7 +248,8 @@ def _saved_modules(config: Config, sites: Sequence[Site]) -> dict[str, str]:
     whole = {m: targets.holders(m) for m in names}
     every = [*dict.fromkeys(h for holders in whole.values() for h in holders)]
     chosen = targets.select(config.modules_to_save, every, "peft.modules_to_save")
-    found = {m: [h for h in holders if h in chosen] for m, holders in whole.items()}
+    ends = tuple(chosen)
+    found = {m: [h for h in hs if h.endswith(ends)] for m, hs in whole.items()}
     return {m: holders[0] for m, holders in found.items() if holders}
 
 

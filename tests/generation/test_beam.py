@@ -18,10 +18,12 @@ from fjft.sharding import make_mesh
 
 PAD = 3
 NEW = 12
-STOP = (11, 23, 30, 37, 41, 48)
+STOP = (1, 11, 23, 30, 37, 41, 48)
 # Options of generation that the tiny models' directories name.
 SPECIAL = {
     "t5/relu-tied": {},
+    "mt5/gated-own-head": {},
+    "bart/post-norm": {"forced_eos_token_id": 2},
     "mbart/pre-norm": {"forced_bos_token_id": 9, "forced_eos_token_id": 2},
     "marian/two-vocabularies": {
         "bad_words_ids": [[PAD], [7, 8], [11]],

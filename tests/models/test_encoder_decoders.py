@@ -327,13 +327,22 @@ def test_the_last_layers_are_the_decoders(twins):
         assert (site.path in trained) == is_last, site.path
 
 
-@pytest.mark.parametrize("case", ["t5/gated-own-head", "bart/post-norm"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "t5/gated-own-head",
+        "mt5/gated-own-head",
+        "bart/post-norm",
+        "mbart/pre-norm",
+        "marian/two-vocabularies",
+    ],
+)
 def test_an_adapter_goes_to_peft_and_back(case, tmp_path, record_property):
     import peft
 
     twin = tiny_seq2seq.torch_model(case)
     twin.save_pretrained(tmp_path / "base")
-    names = "q|k|v" if case.startswith("t5") else "q_proj|k_proj|v_proj"
+    names = "q|k|v" if "t5/" in case else "q_proj|k_proj|v_proj"
     config = lora.Config(r=3, lora_alpha=5, target_modules=names)
     model = tiny.build_model(tmp_path / "base", method=lora, peft_config=config)
     graphdef, params = tree.split(model)

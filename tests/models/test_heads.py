@@ -244,6 +244,10 @@ def test_a_new_head_must_be_trained(saved):
         ("bert/tanh-gelu", "token_classification"),
         ("roberta/pad-3", "sequence_classification"),
         ("albert/two-groups-of-two", "sequence_classification"),
+        ("deberta-v2/v2", "sequence_classification"),
+        ("distilbert/relu", "sequence_classification"),
+        ("electra/factorized", "token_classification"),
+        ("modernbert/biases-mean", "token_classification"),
     ],
 )
 def test_lora_beside_a_trained_head_round_trips_with_peft(
@@ -267,7 +271,7 @@ def test_lora_beside_a_trained_head_round_trips_with_peft(
     fjft.save_adapter(model, tmp_path / "adapter")
     described = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert described["task_type"] == heads.task_type(kind)
-    assert described["modules_to_save"] == ["classifier"]
+    assert "classifier" in described["modules_to_save"]
 
     ours = model(jnp.asarray(IDS))
     plain = torch_outputs(twin, IDS)

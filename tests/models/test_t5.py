@@ -79,12 +79,19 @@ def test_a_head_of_another_kind_is_refused():
 
 
 @pytest.mark.parametrize(
-    "case", ["t5/relu-tied", "t5/gated-own-head", "marian/two-vocabularies"]
+    "case",
+    [
+        "t5/relu-tied",
+        "mt5/gated-own-head",
+        "bart/post-norm",
+        "mbart/pre-norm",
+        "marian/two-vocabularies",
+    ],
 )
 def test_loss_and_gradients_equal_torch(case, record_property):
     own_head = case.endswith("own-head")
     twin = tiny_seq2seq.make_torch(tiny_seq2seq.make_config(case), own_head)
-    if case.startswith("marian"):
+    if hasattr(twin, "final_logits_bias"):
         twin.final_logits_bias.zero_()  # the objective has no bias to add
     model = tiny.build_model(_files(twin))
     ids = tiny_seq2seq.random_ids(B, E)

@@ -5,7 +5,6 @@ import json
 import peft_twins
 import pytest
 import tiny
-import tiny_decoders
 
 import fjft
 from fjft.errors import UserError
@@ -14,7 +13,7 @@ from fjft.peft import lora
 # `peft` cannot tell experts from a dense layer's maps of the same names: no such mix.
 CASES = [
     f"{family}/{next(iter(names))}"
-    for family, names in tiny_decoders.CONFIGS.items()
+    for family, names in tiny.CONFIGS.items()
     if family != "qwen3_moe"
 ] + ["qwen3_moe/windowed-tied"]
 CONFIG = lora.Config(r=3, lora_alpha=7)
