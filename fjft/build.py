@@ -287,6 +287,29 @@ def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
     )
 
 
+def find_family(files: ModelFiles) -> types.ModuleType:
+    """The module of `FAMILIES` that a pretrained model belongs to.
+
+    Raises:
+      UserError: There is none.
+    """
+    check_name("model_type", str(files.config.model_type), FAMILIES)
+    return FAMILIES[files.config.model_type]
+
+
+def read_architecture(files: ModelFiles) -> tuple[types.ModuleType, Any]:
+    """The family of a pretrained model, and its numbers; no weights are read.
+
+    Raises:
+      UserError: The model type is unknown, or its config asks for what is not there.
+    """
+    family = find_family(files)
+    fields = Fields(files.config, files.tensors)
+    arch = family.architecture(fields)
+    fields.close()
+    return family, arch
+
+
 def build_model(
     files: ModelFiles,
     *,
@@ -319,16 +342,13 @@ def build_model(
       UserError: The model type is unknown, its weights do not fit its config, or a
         new head would not be trained.
     """
-    check_name("model_type", str(files.config.model_type), FAMILIES)
-    family = FAMILIES[files.config.model_type]
-    if head is not None:
-        check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
     if head is not None or num_labels is not None:
+        family = find_family(files)
+        if head is not None:
+            check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
         config = with_head(files.config, head, num_labels)
         files = dataclasses.replace(files, config=config)
-    fields = Fields(files.config, files.tensors)
-    arch = family.architecture(fields)
-    fields.close()
+    family, arch = read_architecture(files)
     if dtype == "auto":
         dtype = _checkpoint_dtype(files)
     cuts = method.cuts(peft_config, arch.num_layers) if method else ()

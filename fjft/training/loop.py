@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from fjft import sharding, tree
-from fjft.build import Experiment, build_experiment
+from fjft.build import Experiment, build_experiment, read_architecture
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
@@ -77,6 +77,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     screen.say(_describe_devices(mesh))
 
     files = open_model(experiment.model.source, experiment.model.revision)
+    read_architecture(files)  # What cannot be trained is said before the data is read.
     tokenizer = files.load_tokenizer()
     rows, held_out, report = load_examples(
         experiment.data, tokenizer, experiment.train.seed
@@ -499,7 +500,7 @@ def _write_results(
         draw_curve(directory / LOG_NAME, directory / "loss.png")
     if experiment.method.PEFT_TYPE is None:
         out = directory / "model"
-        save_model(model, out, jax.numpy.dtype(experiment.model.dtype))
+        save_model(model, out, jax.numpy.dtype(model.compute_dtype))
     else:
         out = directory / "adapter"
         save_adapter(model, out)

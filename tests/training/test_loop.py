@@ -238,7 +238,12 @@ def test_tokenizer_without_chat_template_answers_a_prompt(tmp_path, capsys):
 def test_full_fine_tuning_writes_a_model_that_loads(llama, tmp_path):
     """The result is a Hugging Face directory whose logits are the trained model's."""
     config = make_config(
-        llama, tmp_path, peft__method="full", train__max_steps=3, data__eval_size=0.0
+        llama,
+        tmp_path,
+        model__dtype="auto",  # the checkpoint's: float32
+        peft__method="full",
+        train__max_steps=3,
+        data__eval_size=0.0,
     )
     result = train(config)
     ids = jnp.arange(12, dtype=jnp.int32)[None]
