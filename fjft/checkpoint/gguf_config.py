@@ -129,12 +129,15 @@ def _head_dim(source: GgufSource) -> int:
     return size
 
 
+def _has_bias(source: GgufSource, part: str) -> bool:
+    return f"model.layers.0.{part}_proj.bias" in source.names
+
+
 def _llama(source: GgufSource) -> dict[str, Any]:
     # The layout is shared by Llama and Mistral; only the window tells them apart.
     window = source.optional("attention.sliding_window")
     q_bias, o_bias, mlp_bias = (
-        f"model.layers.0.{part}_proj.bias" in source.names
-        for part in ("self_attn.q", "self_attn.o", "mlp.gate")
+        _has_bias(source, part) for part in ("self_attn.q", "self_attn.o", "mlp.gate")
     )
     if q_bias != o_bias or (window is not None and (q_bias or mlp_bias)):
         raise UserError(
@@ -185,7 +188,7 @@ def _qwen3(source: GgufSource) -> dict[str, Any]:
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
         "head_dim": _head_dim(source),
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in source.names,
+        "attention_bias": _has_bias(source, "self_attn.q"),
         **_llama_form(source),
         **_no_window(source),
     }
@@ -211,7 +214,7 @@ def _gemma(source: GgufSource) -> dict[str, Any]:
         "model_type": "gemma",
         "architectures": ["GemmaForCausalLM"],
         "head_dim": head_dim,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in source.names,
+        "attention_bias": _has_bias(source, "self_attn.q"),
         "hidden_act": "gelu_pytorch_tanh",
         "rope_parameters": read_rope(source, head_dim, GEMMA_THETA),
     }

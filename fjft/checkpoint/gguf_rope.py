@@ -36,13 +36,14 @@ def read_rope(
     Raises:
       UserError: A number is missing, or the scaling cannot be expressed.
     """
-    if theta is None or source.optional("rope.freq_base") is not None:
-        theta = source.require("rope.freq_base")
+    stored = source.optional("rope.freq_base")
+    if stored is None:
+        stored = source.require("rope.freq_base") if theta is None else theta
     kind = source.optional("rope.scaling.type")
     if source.rope_factors is not None and kind in (None, "none"):
-        return _read_llama3(source, head_dim, theta, source.rope_factors)
+        return _read_llama3(source, head_dim, stored, source.rope_factors)
     if kind in (None, "none"):
-        return {"rope_type": "default", "rope_theta": theta}
+        return {"rope_type": "default", "rope_theta": stored}
     if kind not in ("linear", "yarn") or source.rope_factors is not None:
         raise UserError(
             f"{source.path} has RoPE scaling {kind!r}; from GGUF these are read: none, "
@@ -50,7 +51,7 @@ def read_rope(
         )
     rope = {
         "rope_type": kind,
-        "rope_theta": theta,
+        "rope_theta": stored,
         "factor": source.require("rope.scaling.factor"),
     }
     if kind == "yarn":

@@ -221,7 +221,7 @@ def _special_ids(
     config: "PretrainedConfig",
     generation_config: Mapping[str, Any] | None,
 ) -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for short, name in SPECIAL.items():
         number = getattr(tokenizer, f"{short}_token_id", None)
         if number is None:
@@ -233,7 +233,8 @@ def _special_ids(
     ends += _listed(config.eos_token_id)
     others = [one for one in dict.fromkeys(ends) if one != found.get("eos")]
     # Of the tokens that end an answer there is room for two more.
-    return found | dict(zip(("eot", "eom"), others, strict=False))
+    found.update(zip(("eot", "eom"), others, strict=False))
+    return found
 
 
 def _listed(value: int | Sequence[int] | None) -> list[int]:
