@@ -22,7 +22,9 @@ QK_NORMS = {
     "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
     "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
 }
-GEMMA2_NAMES = LLAMA_NAMES | {
+# Gemma's head is its embedding; only Gemma 3 has a name for one of its own.
+GEMMA_NAMES = {name: hf for name, hf in LLAMA_NAMES.items() if name != "output"}
+GEMMA2_NAMES = GEMMA_NAMES | {
     "blk.{}.post_attention_norm": "model.layers.{}.post_attention_layernorm",
     "blk.{}.ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
     "blk.{}.post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
@@ -75,7 +77,9 @@ ARCHITECTURES = {
     "llama": Architecture(LLAMA_NAMES, permuted=True),
     "qwen2": Architecture(LLAMA_NAMES),
     "qwen3": Architecture(LLAMA_NAMES | QK_NORMS),
-    "gemma": Architecture(LLAMA_NAMES, norm_shift=1.0),
+    "gemma": Architecture(GEMMA_NAMES, norm_shift=1.0),
     "gemma2": Architecture(GEMMA2_NAMES, norm_shift=1.0),
-    "gemma3": Architecture(GEMMA2_NAMES | QK_NORMS, norm_shift=1.0),
+    "gemma3": Architecture(
+        GEMMA2_NAMES | QK_NORMS | {"output": "lm_head"}, norm_shift=1.0
+    ),
 }

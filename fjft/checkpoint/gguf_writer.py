@@ -160,8 +160,8 @@ def _check_config(
         name = unlike[0]
         raise UserError(
             f"GGUF has no words for this {config.model_type} model's {name}: "
-            f"{wanted[name]!r} would be read as {found[name]!r}; write a Hugging Face "
-            f"directory instead"
+            f"{wanted[name]!s:.99} would be read as {found[name]!s:.99}; write a "
+            f"Hugging Face directory instead"
         )
 
 
@@ -191,7 +191,11 @@ def _out_tensors(
         used = fitting_kind(kind, shape)
         for hf_name, place in site.tensors():
             name = known.gguf_name(hf_name)
-            assert name is not None, hf_name
+            if name is None:
+                raise UserError(
+                    f"GGUF's {architecture} models have no tensor for {hf_name}; write "
+                    f"a Hugging Face directory instead"
+                )
             assert not site.transpose, hf_name
             heads, shift = known.heads(hf_name, *counts), known.shift(hf_name)
             yield GgufTensor(
