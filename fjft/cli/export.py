@@ -10,7 +10,7 @@ from fjft.cli import flags, weights
 from fjft.errors import UserError
 
 # Largest difference of logits that rounding merged weights to a type may make.
-TOLERANCES = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0, "q8_0": 1.0}
+TOLERANCES = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0, "q8_0": 4.0}
 FORMATS = {
     "huggingface": ("float32", "float16", "bfloat16"),
     "gguf": ("float32", "float16", "bfloat16", "q8_0"),
