@@ -40,11 +40,14 @@ class Architecture:
       permuted: Whether each head's rows of q and k are interleaved (first of the lower
         half, first of the upper half, second of the lower ...) for its form of RoPE.
       norm_shift: What is added to the weights of norms before they are stored.
+      biased: Whether llama.cpp looks for biases, without which it loads no file that
+        has some.
     """
 
     names: Mapping[str, str]
     permuted: bool = False
     norm_shift: float = 0.0
+    biased: bool = False
 
     def hf_name(self, name: str) -> str | None:
         """`blk.3.attn_q.weight` gives `model.layers.3.self_attn.q_proj.weight`."""
@@ -52,6 +55,8 @@ class Architecture:
 
     def gguf_name(self, hf_name: str) -> str | None:
         """The other way round; None for a tensor that the architecture has not."""
+        if hf_name.endswith(".bias") and not self.biased:
+            return None
         return _translate(hf_name, {hf: name for name, hf in self.names.items()})
 
     def heads(self, hf_name: str, heads: int, kv_heads: int) -> int:
@@ -74,8 +79,8 @@ def _translate(name: str, names: Mapping[str, str]) -> str | None:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(LLAMA_NAMES, permuted=True),
-    "qwen2": Architecture(LLAMA_NAMES),
+    "llama": Architecture(LLAMA_NAMES, permuted=True, biased=True),
+    "qwen2": Architecture(LLAMA_NAMES, biased=True),
     "qwen3": Architecture(LLAMA_NAMES | QK_NORMS),
     "gemma": Architecture(GEMMA_NAMES, norm_shift=1.0),
     "gemma2": Architecture(GEMMA2_NAMES, norm_shift=1.0),

@@ -99,7 +99,7 @@ def save_gguf(model: Any, path: str | Path, dtype: str) -> list[str]:
     }
     divisors = _divisors(metadata, architecture, files.config)
     _check_config(path, architecture, metadata, provenance, params, divisors)
-    warnings = check_tokenizer(
+    warnings = _idle_window(files.config) + check_tokenizer(
         path, metadata | {"general.architecture": architecture}, tokenizer
     )
     tensors = list(_out_tensors(architecture, provenance, params, kind))
@@ -117,6 +117,17 @@ def save_gguf(model: Any, path: str | Path, dtype: str) -> list[str]:
     needed = len(head) + sum(tensor.nbytes for tensor in tensors)
     write_whole(path, needed, _content(head, tensors))
     return warnings
+
+
+def _idle_window(config: Any) -> list[str]:
+    """llama.cpp gives Mistral's layers no window, though the file names it."""
+    window = config.sliding_window if config.model_type == "mistral" else None
+    if window is None or window >= config.max_position_embeddings:
+        return []
+    return [
+        f"llama.cpp passes over Mistral's window of {window} tokens: of a longer text "
+        f"it computes something else than the model was trained to"
+    ]
 
 
 def _divisors(

@@ -41,10 +41,10 @@ CASES = {
     "mistral/short-window": {},
     "qwen2/no-window-tied": {},
     "qwen3/no-window-tied": {},
-    "gemma/biases": {},
+    "gemma/biases": {"attention_bias": False},
     "gemma2/tight-caps": {"query_pre_attn_scalar": 10},
     "gemma3_text/two-bases": {"query_pre_attn_scalar": 10},
-    "gemma3_text/every-second": {"query_pre_attn_scalar": 10},
+    "gemma3_text/every-second": {"query_pre_attn_scalar": 10, "attention_bias": False},
 }
 # Architectures that transformers' loader knows under the name of their config.
 THEIRS = [case for case in CASES if case.split("/")[0] not in ("mistral", "gemma")]
@@ -118,7 +118,9 @@ def expected(name: str, value: np.ndarray, dtype: str, family: str) -> np.ndarra
 @pytest.mark.parametrize("case", list(CASES))
 def test_weights_come_back(case, dtype, make, tmp_path):
     theirs, ours = make(case)
-    assert save_gguf(ours, tmp_path / "x.gguf", dtype) == []
+    said = save_gguf(ours, tmp_path / "x.gguf", dtype)
+    assert len(said) == case.startswith("mistral")
+    assert all("window of 5 tokens" in warning for warning in said)
     family, weights = case.split("/")[0], tiny.state_arrays(theirs)
     found = read_all(tmp_path / "x.gguf")
     assert found.keys() == weights.keys()
@@ -259,6 +261,8 @@ def test_what_is_compared_is_what_is_written(make, tmp_path):
         ),
         ("qwen2/sliding-last-layers", {}, "layer 2"),
         ("gemma2/tight-caps", {"query_pre_attn_scalar": 23}, "attention_scale"),
+        ("gemma/biases", {}, "no tensor for model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3/no-window-tied", {"attention_bias": True}, "no tensor for .*bias"),
         ("gemma/untied", {}, "gemma models have no tensor for lm_head.weight"),
         ("gemma2/no-caps", {"query_pre_attn_scalar": 10}, "none on layers"),
         (
