@@ -9,7 +9,6 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import dataclasses
 import io
 import math
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fjft.checkpoint.gguf_header import TableRow, read_header, require
+from fjft.checkpoint.gguf_names import ARCHITECTURES
 from fjft.checkpoint.safetensors import (
     Bounds,
     missing_tensor,
@@ -38,58 +38,20 @@ PLAIN_DTYPES: dict[str, np.dtype] = {
 # Small enough that the temporaries of dequantization stay in the cache.
 DEQUANTIZED_BLOCK = 1 << 18  # elements
 
-LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
-    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
-    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
-    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
-    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
-    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
-    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-QWEN3_NAMES = LLAMA_NAMES | {
-    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp stores one architecture.
-
-    Attributes:
-      names: Its tensor names to Hugging Face's, `{}` for the layer; without suffix.
-      permuted: Whether each head's rows of q and k are interleaved (first of the lower
-        half, first of the upper half, second of the lower ...) for its form of RoPE.
-    """
-
-    names: Mapping[str, str]
-    permuted: bool
-
-
-ARCHITECTURES = {
-    "llama": Architecture(LLAMA_NAMES, permuted=True),
-    "qwen2": Architecture(LLAMA_NAMES, permuted=False),
-    "qwen3": Architecture(QWEN3_NAMES, permuted=False),
-}
-
 
 class Stored(NamedTuple):
     """Where and how one tensor lies.
 
     `shape` is row-major, `offset` in bytes from the start of the file, `heads` the
-    number of heads whose rows are interleaved (0: none are).
+    number of heads whose rows are interleaved (0: none are), `shift` what the stored
+    values have been increased by.
     """
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
-    heads: int
+    heads: int = 0
+    shift: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +107,8 @@ class GgufSource:
         stored = self._stored(name)
         bounds = slice_bounds(index, stored.shape)
         if not stored.heads:
-            return _read(self.path, stored, bounds)
+            box = _read(self.path, stored, bounds)
+            return box - box.dtype.type(stored.shift) if stored.shift else box
         # Rows move only inside their head: read the heads that the rows lie in.
         (start, stop), size = bounds[0], stored.shape[0] // stored.heads
         first, last = start // size, max(start // size, -(-stop // size))
@@ -153,6 +116,15 @@ class GgufSource:
         pairs = box.reshape(last - first, size // 2, 2, *box.shape[1:])
         rows = pairs.swapaxes(1, 2).reshape(box.shape)
         return rows[start - first * size : stop - first * size]
+
+    def require(self, key: str) -> Any:
+        """The value of `<architecture>.key`, without which there is no model."""
+        return require(self.path, self.metadata, f"{self.architecture}.{key}")
+
+    def optional(self, key: str) -> Any:
+        """The value of `<architecture>.key`, None where the file does not say."""
+        full = f"{self.architecture}.{key}"
+        return self.require(key) if full in self.metadata else None
 
     def _stored(self, name: str) -> Stored:
         if name not in self.tensors:
@@ -201,34 +173,30 @@ def _rename(
     path: Path, architecture: str, metadata: dict, tensors: dict[str, Stored]
 ) -> dict[str, Stored]:
     known = ARCHITECTURES[architecture]
-    permuted = _head_counts(path, architecture, metadata) if known.permuted else {}
+    counts = _head_counts(path, architecture, metadata) if known.permuted else (0, 0)
     renamed = {}
     for key, stored in tensors.items():
-        stem, _, suffix = key.rpartition(".")
-        number = re.search(r"\d+", stem)
-        pattern = re.sub(r"\d+", "{}", stem)
-        if pattern not in known.names:
+        name = known.hf_name(key)
+        if name is None:
             raise UserError(
                 f"{path} holds a tensor {key!r} that architecture {architecture!r} is "
                 f"not known to have; this variant is not read"
             )
-        heads = permuted.get(pattern, 0)
+        heads = known.heads(name, *counts)
         if heads and stored.shape[0] % (2 * heads):
             raise UserError(
                 f"{path}: the {stored.shape[0]} rows of {key!r} do not divide into "
                 f"{heads} heads of even size; convert the file again"
             )
-        name = known.names[pattern].format(number and number.group())
-        renamed[f"{name}.{suffix}"] = stored._replace(heads=heads)
+        renamed[name] = stored._replace(heads=heads, shift=known.shift(name))
     return renamed
 
 
-def _head_counts(path: Path, architecture: str, metadata: dict) -> dict[str, int]:
+def _head_counts(path: Path, architecture: str, metadata: dict) -> tuple[int, int]:
     heads = require(path, metadata, f"{architecture}.attention.head_count")
     key = f"{architecture}.attention.head_count_kv"
     # By the format, absent means one key and value head per query head.
-    kv_heads = require(path, metadata, key) if key in metadata else heads
-    return {"blk.{}.attn_q": heads, "blk.{}.attn_k": kv_heads}
+    return heads, require(path, metadata, key) if key in metadata else heads
 
 
 def _place(path: Path, row: TableRow, data_start: int) -> Stored:
@@ -242,7 +210,7 @@ def _place(path: Path, row: TableRow, data_start: int) -> Stored:
             f"the types that are: {readable}"
         )
     # The format counts axes from the fastest one.
-    return Stored(kind, tuple(reversed(row.dims)), data_start + row.offset, heads=0)
+    return Stored(kind, tuple(reversed(row.dims)), data_start + row.offset)
 
 
 def _is_readable(kind: GGMLQuantizationType) -> bool:

@@ -62,9 +62,23 @@ def write_safetensors(
     """
     listed = list(tensors)
     needed = sum(tensor.nbytes for tensor in listed)
-    stage = _stage(Path(path), listed, metadata or PT_METADATA, needed)
+    write_whole(Path(path), needed, _content(listed, metadata or PT_METADATA))
+
+
+def write_whole(path: Path, needed: int, pieces: Iterable[Any]) -> None:
+    """Writes one file piece by piece; it appears whole or not at all.
+
+    Args:
+      path: The file; its directory exists.
+      needed: Its size in bytes, roughly, for the message when there is no space.
+      pieces: Bytes, or what lies in memory as bytes; taken one at a time.
+
+    Raises:
+      UserError: No space left, or the place is not writable.
+    """
+    stage = _write_stage(path, needed, pieces)
     os.replace(stage, path)
-    _sync_directory(Path(path).parent)
+    _sync_directory(path.parent)
 
 
 def write_sharded(
@@ -93,7 +107,7 @@ def write_sharded(
       UserError: No space left, or the place is not writable.
     """
     directory = Path(directory)
-    _make_directory(directory)
+    make_directory(directory)
     shards = list(_shards(tensors, max_shard_size))
     needed = sum(tensor.nbytes for shard in shards for tensor in shard)
     names = [
@@ -157,10 +171,14 @@ def _stage(
     path: Path, tensors: list[OutTensor], metadata: Mapping[str, str], needed: int
 ) -> Path:
     """Writes everything under a temporary name beside `path` and returns that name."""
+    return _write_stage(path, needed, _content(tensors, metadata))
+
+
+def _content(tensors: list[OutTensor], metadata: Mapping[str, str]) -> Iterator[Any]:
     ordered = sorted(tensors, key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
     header = _header(ordered, metadata)
     pieces = (piece for tensor in ordered for piece in _pieces(tensor))
-    return _write_stage(path, needed, itertools.chain([header], pieces))
+    return itertools.chain([header], pieces)
 
 
 def _header(tensors: list[OutTensor], metadata: Mapping[str, str]) -> bytes:
@@ -230,7 +248,12 @@ def _write_error(path: Path, needed: int, error: OSError) -> UserError:
     )
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Makes a directory and its parents where they are missing.
+
+    Raises:
+      UserError: The place is not writable.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import Any
 from fjft.errors import UserError
 
 # Token types of the format.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's stand-in for a space
 
@@ -113,12 +113,16 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     while types and types[-1] == UNUSED and re.fullmatch(r"\[PAD\d+\]", tokens[-1]):
         tokens.pop()
         types.pop()
+    if metadata["tokenizer.ggml.model"] == "llama":
+        # llama.cpp finds these before it replaces spaces, so it keeps them as spaces.
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+            if kind == USER_DEFINED and set(token) == {" "}:
+                tokens[number] = SPACE * len(token)
     return tokens, types
 
 
 def _byte_level(path: Path, metadata: Mapping[str, Any], tokens: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers import pre_tokenizers as cut
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     name = metadata.get("tokenizer.ggml.pre")
     if name not in WORD_RULES or "tokenizer.ggml.merges" not in metadata:
@@ -136,17 +140,25 @@ def _byte_level(path: Path, metadata: Mapping[str, Any], tokens: list[str]) -> A
             ignore_merges=rule.whole_words,
         )
     )
+    tokenizer.pre_tokenizer = word_cutter(rule)
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, rule.add_bos
+
+
+def word_cutter(rule: WordRule) -> Any:
+    """The `tokenizers.pre_tokenizers` that cut text into words by a rule."""
+    from tokenizers import Regex
+    from tokenizers import pre_tokenizers as cut
+
     steps: list[Any] = []
     if rule.lone_digits:
         steps.append(cut.Digits(individual_digits=True))
     if rule.words is not None:
         steps.append(cut.Split(Regex(rule.words), behavior="isolated"))
     steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=rule.words is None))
-    tokenizer.pre_tokenizer = cut.Sequence(steps)
-    if rule.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, rule.add_bos
+    return cut.Sequence(steps)
 
 
 def _sentencepiece(
@@ -204,11 +216,17 @@ def _add_whole_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> No
     """Makes the tokenizer find control and user-defined tokens before it cuts text."""
     from tokenizers import AddedToken
 
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (CONTROL, UNKNOWN):
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
-        elif kind == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    control, plain = (
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in kinds
+        ]
+        for kinds in ((CONTROL, UNKNOWN), (USER_DEFINED,))
+    )
+    # Thousands at once: every call rebuilds what finds them.
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(plain)
 
 
 def _special_tokens(

@@ -10,7 +10,11 @@ from fjft.cli import flags, weights
 from fjft.errors import UserError
 
 # Largest difference of logits that rounding merged weights to a type may make.
-TOLERANCES = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0}
+TOLERANCES = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0, "q8_0": 4.0}
+FORMATS = {
+    "huggingface": ("float32", "float16", "bfloat16"),
+    "gguf": ("float32", "float16", "bfloat16", "q8_0"),
+}
 
 TEXTS = (
     "The harbour was quiet at dawn. Two fishermen mended their nets and spoke of the "
@@ -26,13 +30,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser = flags.make_parser(
         "export",
         "Writes a run's weights: the PEFT adapter, or with --merge a whole Hugging "
-        "Face\nmodel, whose logits are first compared with the adapted model's.",
+        "Face\nmodel or GGUF file, whose logits are first compared with the adapted "
+        "model's.",
         "fjft export --config=configs/smollm2_lora_quickstart.py --merge "
         "--output=merged",
     )
     weights.add_flags(parser, with_source=True)
     parser.add_argument(
-        "--output", metavar="DIR", required=True, help="a new or empty directory"
+        "--output",
+        metavar="PATH",
+        required=True,
+        help="a new or empty directory; with --format=gguf a new file, *.gguf",
+    )
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        default="huggingface",
+        help="huggingface (the default), or gguf: one file for llama.cpp and what is "
+        "built on it",
     )
     parser.add_argument(
         "--merge", action="store_true", help="fold the adapter into the weights"
@@ -40,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=list(TOLERANCES),
-        help="type of a whole model's weights, instead of model.dtype or the source's",
+        help="type of a whole model's weights, instead of model.dtype or the source's; "
+        "q8_0, 8 bits in blocks, is for --format=gguf",
     )
     parser.add_argument(
         "--tolerance",
@@ -54,19 +70,48 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads, merges if asked, and writes."""
     chosen = flags.parse(parser, argv)
+    if chosen.dtype not in (None, *FORMATS[chosen.format]):
+        parser.error(f"--dtype={chosen.dtype} is for --format=gguf")
     output = Path(chosen.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} is there already; name a new directory")
+    _check_output(output, chosen.format)
     found = weights.choose(parser, chosen)
+    if chosen.format == "gguf" and not chosen.merge and _brings_adapter(found):
+        raise UserError(
+            "a GGUF file has no place for an adapter; add --merge to fold it into the "
+            "weights, or leave --format=gguf away to write the adapter"
+        )
     # A checkpoint fits only onto the very base it was trained on.
     if chosen.dtype and found.step is None:
-        found = dataclasses.replace(found, dtype=chosen.dtype)
+        # What is rounded to 8 bits starts from the best there is.
+        dtype = "float32" if chosen.dtype == "q8_0" else chosen.dtype
+        found = dataclasses.replace(found, dtype=dtype)
     model = weights.load(found, weights.make_mesh(found))
     dtype = chosen.dtype or str(model.compute_dtype)
     if chosen.merge and _is_adapted(model):
         model = merge(model, dtype, chosen.tolerance)
-    _write(model, output, dtype)
+    if chosen.format == "gguf":
+        _write_gguf(model, output, dtype)
+    else:
+        _write(model, output, dtype)
     print(f"wrote {found.describe()} to {output}")
+
+
+def _check_output(output: Path, form: str) -> None:
+    if form == "gguf":
+        if output.suffix != ".gguf":
+            raise UserError(
+                f"--output={output} is no name of a GGUF file; end it with .gguf"
+            )
+        if output.exists():
+            raise UserError(f"--output={output} is there already; name a new file")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output} is there already; name a new directory")
+
+
+def _brings_adapter(found: weights.Weights) -> bool:
+    if found.step is not None:
+        return found.experiment.method.PEFT_TYPE is not None
+    return found.adapter is not None
 
 
 def _is_adapted(model: Any) -> bool:
@@ -86,16 +131,23 @@ def _write(model: Any, output: Path, dtype: str) -> None:
         save_model(model, output, jnp.dtype(dtype))
 
 
+def _write_gguf(model: Any, output: Path, dtype: str) -> None:
+    from fjft.checkpoint.gguf_writer import save_gguf
+
+    for warning in save_gguf(model, output, dtype):
+        print(f"warning: {warning}")
+
+
 def merge(model: Any, dtype: str, tolerance: float | None) -> Any:
     """Merges a model's adapters and compares what it says before and after.
 
     Args:
       model: A model with adapters.
-      dtype: Type that the merged weights are rounded to.
+      dtype: Type that the merged weights are compared in.
       tolerance: Largest difference of logits; None is the type's own.
 
     Returns:
-      The merged model, its weights of type `dtype`.
+      The merged model, its weights of type `dtype`; not yet rounded to q8_0.
 
     Raises:
       UserError: The logits differ by more.
@@ -109,11 +161,16 @@ def merge(model: Any, dtype: str, tolerance: float | None) -> Any:
 
     merged = merge_adapter(model)
     graphdef, params = tree.split(merged)
-    merged = tree.merge(
-        graphdef, jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), params)
-    )
+    if dtype == "q8_0":
+        from fjft.checkpoint.gguf_encode import round_trip
+
+        rounded = round_trip(params, merged.provenance.sites, dtype)
+        written = tree.merge(graphdef, rounded)
+    else:
+        params = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), params)
+        merged = written = tree.merge(graphdef, params)
     batch = _encode(model.provenance.files.load_tokenizer())
-    adapted_logits, merged_logits = _logits(model, batch), _logits(merged, batch)
+    adapted_logits, merged_logits = _logits(model, batch), _logits(written, batch)
     effect = float(np.abs(adapted_logits - _logits(_bare(model), batch)).max())
     difference = float(np.abs(adapted_logits - merged_logits).max())
     limit = TOLERANCES[dtype] if tolerance is None else tolerance

@@ -65,7 +65,12 @@ def hf_weights(architecture: str, tied: bool = True) -> dict[str, np.ndarray]:
                 f"{block}self_attn.k_proj.bias": random(kv),
                 f"{block}self_attn.v_proj.bias": random(kv),
             }
-        if architecture == "qwen3":
+        if architecture in ("gemma2", "gemma3"):
+            weights |= {
+                f"{block}pre_feedforward_layernorm.weight": random(HIDDEN),
+                f"{block}post_feedforward_layernorm.weight": random(HIDDEN),
+            }
+        if architecture in ("qwen3", "gemma3"):
             weights |= {
                 f"{block}self_attn.q_norm.weight": random(HEAD_DIM),
                 f"{block}self_attn.k_norm.weight": random(HEAD_DIM),
@@ -73,6 +78,9 @@ def hf_weights(architecture: str, tied: bool = True) -> dict[str, np.ndarray]:
     weights["model.norm.weight"] = random(HIDDEN)
     if not tied:
         weights["lm_head.weight"] = random(VOCAB, HIDDEN)
+    if architecture.startswith("gemma"):
+        for name in [name for name in weights if name.endswith("norm.weight")]:
+            weights[name] = np.round(weights[name], 0)  # 1 is added without rounding
     return weights
 
 
@@ -125,6 +133,8 @@ def write(
             value = interleave(value, HEADS)
         if architecture == "llama" and "k_proj" in name:
             value = interleave(value, KV_HEADS)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + 1
         stored = names.get_name(name, (".weight", ".bias")) or ""
         if packed and name in packed:
             writer.add_tensor(stored, packed[name], raw_dtype=kind)
@@ -140,9 +150,13 @@ def write(
     writer.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_float32_comes_back_bit_for_bit(architecture, tied, tmp_path):
+    if not tied and architecture in ("gemma", "gemma2"):
+        return  # for whose head the format has no name
     weights = hf_weights(architecture, tied)
     write(tmp_path / "x.gguf", architecture, weights)
     source = open_gguf(tmp_path / "x.gguf")
@@ -257,6 +271,80 @@ def test_config_says_what_the_metadata_says(architecture, tied, tmp_path):
     assert config.architectures == [
         type(config).__name__.replace("Config", "ForCausalLM")
     ]
+
+
+def gemma(path, architecture: str, **extra):
+    """The config of a file with the keys that llama.cpp gives it."""
+    keys = {f"{architecture}.{key}": value for key, value in extra.items()}
+    write(path, architecture, hf_weights(architecture), extra=keys)
+    return config_of(path)
+
+
+def test_gemma_by_its_keys(tmp_path):
+    path = tmp_path / "x.gguf"
+    config = gemma(path, "gemma", **{"rope.freq_base": None})  # which means 10,000
+    assert (config.model_type, config.hidden_act) == ("gemma", "gelu_pytorch_tanh")
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
+    assert (config.head_dim, config.attention_bias) == (HEAD_DIM, False)
+
+
+def test_gemma2_by_its_keys(tmp_path):
+    path, window = tmp_path / "x.gguf", {"attention.sliding_window": 96}
+    config = gemma(path, "gemma2", **window)
+    assert config.hidden_activation == "gelu_pytorch_tanh"
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50, 30)
+    assert config.query_pre_attn_scalar == HEAD_DIM
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    caps = {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 9.0}
+    config = gemma(path, "gemma2", **window, **caps)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (7, 9)
+    # The scale of the 27B models, known by their depth, is that of the width.
+    config = gemma(path, "gemma2", **window, block_count=46)
+    assert config.query_pre_attn_scalar == HIDDEN // HEADS
+    with pytest.raises(UserError, match=r"no 'gemma2.attention.sliding_window'"):
+        gemma(path, "gemma2")
+
+
+def test_gemma3_by_its_keys(tmp_path):
+    path, window = tmp_path / "x.gguf", {"attention.sliding_window": 96}
+    config = gemma(path, "gemma3", **window, block_count=7)
+    kinds = [kind.partition("_")[0] for kind in config.layer_types]
+    assert kinds == ["sliding"] * 5 + ["full", "sliding"]
+    assert config.final_logit_softcapping is None
+    local = {"rope_type": "default", "rope_theta": 10_000.0}
+    whole = {"rope_type": "default", "rope_theta": 54321.0}
+    assert config.rope_parameters == {
+        "sliding_attention": local,
+        "full_attention": whole,
+    }
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    more = {"rope.freq_base_swa": 333.0, "attention.sliding_window_pattern": 3}
+    config = gemma(path, "gemma3", **window, **scaling, **more, block_count=4)
+    assert config.rope_parameters == {
+        "sliding_attention": local | {"rope_theta": 333.0},
+        "full_attention": whole | {"rope_type": "linear", "factor": 8.0},
+    }
+    kinds = [kind.partition("_")[0] for kind in config.layer_types]
+    assert kinds == ["sliding", "sliding", "full", "sliding"]
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_transformers_says_the_same_of_gemma(architecture, tmp_path):
+    import transformers
+
+    path = tmp_path / "x.gguf"
+    keys = {"attention.sliding_window": 96, "vocab_size": VOCAB}
+    ours = gemma(path, architecture, **keys).to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    for name in ("model_type", "head_dim", "sliding_window", "hidden_size"):
+        assert ours[name] == getattr(theirs, name)
+    for name in ("hidden_activation", "layer_types", "num_key_value_heads"):
+        assert ours[name] == getattr(theirs, name)
+    if architecture == "gemma2":
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            assert ours[name] == getattr(theirs, name)
 
 
 @pytest.mark.parametrize(
