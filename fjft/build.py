@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from fjft import data, sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint import orbax
-from fjft.checkpoint.huggingface import Provenance, load_params, match
+from fjft.checkpoint.huggingface import Provenance, match
+from fjft.checkpoint.loading import load_params
 from fjft.checkpoint.source import ModelFiles, open_model
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
@@ -398,7 +399,7 @@ def build_model(
             out_shardings=new,
         )
         params |= init(jax.random.key(seed))
-    params |= load_params(files, pretrained, abstract, shardings)
+    params |= load_params(files, pretrained, matched.stored, abstract, shardings)
     if adapter is not None:
         stored = adapter_files.load_adapter_params(
             model, provenance, abstract, shardings, adapter

@@ -8,6 +8,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from fjft import sharding, tree
+from fjft.checkpoint import loading, safetensors
 from fjft.errors import UserError
 from fjft.objectives import causal_lm
 from fjft.peft import lora
@@ -92,19 +93,46 @@ def test_parameters_lie_where_the_table_says(get_twins, sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_byte_is_read_once_and_a_shard_at_a_time(get_twins, sizes):
+def test_every_byte_is_read_once_and_a_block_at_a_time(get_twins, sizes, monkeypatch):
+    monkeypatch.setattr(loading, "BLOCK_BYTES", 1000)
     twin = get_twins(CASE).torch
     files = tiny.memory_files(twin)
-    mesh = _mesh(*sizes)
-    model = tiny.build_model(files, mesh=mesh)
+    model = tiny.build_model(files, mesh=_mesh(*sizes))
     source = files.tensors
     assert isinstance(source, tiny.MemorySource)
     assert source.bytes_read == sum(a.nbytes for a in source.arrays.values())
-    parts = sizes[1] * sizes[2]
     for name, shape in source.reads:
-        if len(shape) == 2:
-            assert np.prod(shape) * parts == source.arrays[name].size, name
+        assert np.prod(shape) * source.dtype(name).itemsize <= 1000, name
     assert tree.num_bytes(tree.split(model)[1]) == source.bytes_read
+    whole = tree.split(get_twins(CASE).model)[1]
+    for path, param in tree.split(model)[1].items():
+        np.testing.assert_array_equal(param, whole[path], err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_file_is_read_once_also_where_devices_hold_strips_of_columns(
+    get_twins, sizes, monkeypatch
+):
+    counts, read = [], safetensors.read_exactly
+
+    def count(file, offset, buffer):
+        counts.append(buffer.nbytes)
+        read(file, offset, buffer)
+
+    monkeypatch.setattr(safetensors, "read_exactly", count)
+    model = tiny.build_model(get_twins(CASE).directory, mesh=_mesh(*sizes))
+    assert sum(counts) == tree.num_bytes(tree.split(model)[1])
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
+def test_a_parameter_too_large_for_the_host_comes_in_parts(
+    get_twins, size, monkeypatch
+):
+    whole = tree.split(get_twins(CASE).model)[1]
+    monkeypatch.setattr(loading, "HOST_BYTES", size)
+    model = tiny.build_model(get_twins(CASE).directory, mesh=_mesh(1, 4, 2))
+    for path, param in tree.split(model)[1].items():
+        np.testing.assert_array_equal(param, whole[path], err_msg=path)
 
 
 def test_an_axis_that_does_not_divide_is_refused_with_the_sizes_that_work(get_twins):

@@ -1,4 +1,4 @@
-"""Hugging Face weights: streamed in, shard by shard, and written back bit for bit."""
+"""Hugging Face weights: which tensor is which, and back bit for bit."""
 
 import copy
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from fjft import tree
 from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
@@ -63,32 +62,6 @@ class Match:
     stored: Mapping[str, str]
     new: tuple[str, ...]
     passed_over: tuple[str, ...]
-
-
-def load_params(
-    files: ModelFiles,
-    sites: Sequence[Site],
-    abstract: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, NamedSharding],
-) -> tree.Params:
-    """Reads the pretrained parameters, each device's slices only.
-
-    A parameter is assembled shard by shard, a stacked one layer by layer, and cast on
-    the way, so the host holds one shard and one layer's slice of it at a time.
-
-    Args:
-      files: The pretrained model.
-      sites: Where its tensors lie.
-      abstract: Shape and dtype of each parameter.
-      shardings: How each parameter lies on the devices.
-    """
-    stored = _stored_names(files.tensors, sites)
-    return {
-        site.path: _load_param(
-            files.tensors, site, stored, abstract[site.path], shardings[site.path]
-        )
-        for site in sites
-    }
 
 
 def match(
@@ -171,49 +144,6 @@ def _stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str
                     found[name] = candidate
                     break
     return found
-
-
-def _load_param(
-    tensors: TensorSource,
-    site: Site,
-    stored: Mapping[str, str],
-    abstract: jax.ShapeDtypeStruct,
-    sharding: NamedSharding,
-) -> jax.Array:
-    devices_of: dict[tuple, list] = {}
-    shape = abstract.shape
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        devices_of.setdefault(bounds, []).append(device)
-    shards = []
-    for bounds, devices in devices_of.items():
-        index = tuple(slice(*bound) for bound in bounds)
-        host = _read_shard(tensors, site, stored, index, abstract.dtype)
-        placed = [jax.device_put(host, device) for device in devices]
-        shards += jax.block_until_ready(placed)
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
-def _read_shard(
-    tensors: TensorSource,
-    site: Site,
-    stored: Mapping[str, str],
-    index: tuple[slice, ...],
-    dtype: Any,
-) -> np.ndarray:
-    lead, rest = index[: len(site.lead)], index[len(site.lead) :]
-    hf_index = rest[::-1] if site.transpose else rest
-    if not lead:
-        part = tensors.read(stored[site.hf_names[0]], hf_index)
-        return (part.T if site.transpose else part).astype(dtype, copy=False)
-    shard = np.empty([s.stop - s.start for s in index], dtype)
-    for name, place in site.tensors():
-        if all(s.start <= i < s.stop for i, s in zip(place, lead, strict=True)):
-            here = tuple(i - s.start for i, s in zip(place, lead, strict=True))
-            part = tensors.read(stored[name], hf_index)
-            shard[here] = part.T if site.transpose else part
-    return shard
 
 
 def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:

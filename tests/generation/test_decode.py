@@ -76,8 +76,11 @@ def test_greedy_tokens_equal_transformers(twins):
     assert ours == torch_generate(twins.torch, make_prompts(), 30)
 
 
-def test_cached_equals_uncached(twins):
-    prompts = make_prompts()
+@pytest.mark.parametrize(
+    "case", ["gemma3_text/two-bases", "phi3/short-longrope", "qwen2_moe/no-biases"]
+)
+def test_cached_equals_uncached(case, get_twins):
+    twins, prompts = get_twins(case), make_prompts()
     cached = generate_tokens(twins.model, prompts, FREE)
     for prompt, new in zip(prompts, cached, strict=True):
         # The logits of every prefix, from one pass without a cache.
