@@ -130,6 +130,7 @@ def test_a_parameter_too_large_for_the_host_comes_in_parts(
 ):
     whole = tree.split(get_twins(CASE).model)[1]
     monkeypatch.setattr(loading, "HOST_BYTES", size)
+    monkeypatch.setattr(loading, "_share_memory", lambda sharding: False)
     model = tiny.build_model(get_twins(CASE).directory, mesh=_mesh(1, 4, 2))
     for path, param in tree.split(model)[1].items():
         np.testing.assert_array_equal(param, whole[path], err_msg=path)

@@ -17,7 +17,7 @@ from fjft import tree
 from fjft.checkpoint.source import ModelFiles, TensorSource
 from fjft.models.weights import Site
 
-HOST_BYTES = 4 << 30  # what the host holds of a parameter before it hands it on
+HOST_BYTES = 1 << 30  # what the host holds of a parameter before it hands it on
 BLOCK_BYTES = 8 << 20  # what one thread reads at a time
 THREADS = 4  # some wait for the disk while others copy
 ALIGNMENT = 64  # bytes; the CPU backend takes such buffers as they are
@@ -34,10 +34,9 @@ def load_params(
 ) -> tree.Params:
     """Reads the pretrained parameters, only what this process's devices hold of them.
 
-    The host holds one parameter at a time, stacked and cast, and a block for each
-    thread. Of a parameter larger than `HOST_BYTES` it holds the parts of some devices
-    at a time, at least of one, and reads again for the next ones. Devices whose memory
-    is the host's take the parameter over without a copy.
+    The host holds a block for each thread, and of one parameter at a time the parts of
+    as many devices as `HOST_BYTES` have room for, at least of one; it reads again for
+    the next ones. Devices whose memory is the host's take all parts over as they are.
 
     Args:
       files: The pretrained model.
@@ -75,8 +74,10 @@ def _load_param(
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
     nbytes = np.dtype(abstract.dtype).itemsize * int(np.prod(shape))
-    at_once = max(1, len(devices_of) * HOST_BYTES // max(1, nbytes))
     placed, every = [], list(devices_of)
+    at_once = len(every)
+    if not _share_memory(sharding):
+        at_once = max(1, len(every) * HOST_BYTES // max(1, nbytes))
     for first in range(0, len(every), at_once):
         some = every[first : first + at_once]
         parts = {bounds: _aligned(bounds, abstract.dtype) for bounds in some}
@@ -95,6 +96,11 @@ def _load_param(
             ]
         )
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def _share_memory(sharding: NamedSharding) -> bool:
+    """Whether what lies on the devices lies in the host's memory."""
+    return all(device.platform == "cpu" for device in sharding.addressable_devices)
 
 
 def _aligned(bounds: Bounds, dtype: Any) -> np.ndarray:
