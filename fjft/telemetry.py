@@ -168,7 +168,7 @@ class WandbWriter:
 
     def __init__(self, run: Run):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 "report_to 'wandb' needs the package wandb; "
