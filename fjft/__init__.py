@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fjft.build import load_config, load_model
+    from fjft.build import load_config
     from fjft.checkpoint.adapter import merge_adapter, save_adapter
     from fjft.checkpoint.huggingface import save_model
     from fjft.errors import UserError
     from fjft.generation.decode import generate
+    from fjft.pretrained import load_model
     from fjft.training.loop import train
 
 __all__ = [
@@ -26,7 +27,7 @@ _HOMES = {
     "UserError": "fjft.errors",
     "generate": "fjft.generation.decode",
     "load_config": "fjft.build",
-    "load_model": "fjft.build",
+    "load_model": "fjft.pretrained",
     "merge_adapter": "fjft.checkpoint.adapter",
     "save_adapter": "fjft.checkpoint.adapter",
     "save_model": "fjft.checkpoint.huggingface",

@@ -14,6 +14,9 @@ from fjft.errors import UserError
 
 T = TypeVar("T")
 
+# What weights and activations may be; `auto` is what the checkpoint has.
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
 
 def make_section(cls: type[T], name: str, values: Mapping[str, Any]) -> T:
     """Makes one section's dataclass.

@@ -14,7 +14,7 @@ FLOORS = {
     1: "errors options sources tree sharding telemetry telemetry_plot telemetry_speed "
     "models objectives optimize",
     2: "data peft checkpoint generation",
-    3: "build evaluate",
+    3: "build pretrained evaluate",
     4: "training",
     5: "cli",
 }

@@ -19,7 +19,7 @@ import numpy as np
 import tiny_decoders
 
 import fjft
-from fjft import build, sharding, tree
+from fjft import pretrained, sharding, tree
 from fjft.checkpoint.source import ModelFiles, open_model
 
 VOCAB_SIZE = 64
@@ -251,8 +251,8 @@ def build_model(
     dtype: str = "float32",
     **options: Any,
 ) -> Any:
-    """`build.build_model` on one device unless a mesh is given."""
-    return build.build_model(
+    """`pretrained.build_model` on one device unless a mesh is given."""
+    return pretrained.build_model(
         files if isinstance(files, ModelFiles) else open_model(str(files)),
         method=method,
         peft_config=peft_config,

@@ -172,11 +172,11 @@ def load(weights: Weights, mesh: Any) -> Any:
     Raises:
       UserError: The model, the adapter or the checkpoint will not do.
     """
-    from fjft import build
+    from fjft import pretrained
 
     if weights.step is not None:
         return _load_checkpoint(weights, mesh)
-    return build.load_model(
+    return pretrained.load_model(
         weights.source,
         dtype=weights.dtype,
         mesh=mesh,
@@ -186,13 +186,13 @@ def load(weights: Weights, mesh: Any) -> Any:
 
 
 def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
-    from fjft import build, tree
+    from fjft import pretrained, tree
     from fjft.checkpoint.orbax import digest, restore_params
     from fjft.checkpoint.source import open_model
 
     e = weights.experiment
     assert weights.step is not None
-    model = build.build_model(
+    model = pretrained.build_model(
         open_model(weights.source, weights.revision),
         method=e.method,
         peft_config=e.peft,

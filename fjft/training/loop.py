@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from fjft import sharding, tree
-from fjft.build import Experiment, build_experiment, read_architecture
+from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
@@ -23,6 +23,7 @@ from fjft.checkpoint.source import open_model
 from fjft.data.dataset import load_examples
 from fjft.data.tokenize import show_example
 from fjft.errors import UserError
+from fjft.pretrained import read_architecture
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops

@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
-from fjft.build import Experiment, build_model
+from fjft.build import Experiment
 from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.evaluate.perplexity import evaluate_sums
 from fjft.optimize.optimizer import make_optimizer, make_schedule
+from fjft.pretrained import build_model
 from fjft.training import step as steps
 from fjft.training.state import TrainState, init_state
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fjft.build import load_model
 from fjft.generation.decode import (
     Config,
     encode_prompts,
@@ -16,6 +15,7 @@ from fjft.generation.decode import (
     generate_tokens,
     stream,
 )
+from fjft.pretrained import load_model
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -1,0 +1,226 @@
+"""Loads pretrained models onto a mesh, with a method's adapters attached."""
+
+import dataclasses
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fjft import sharding, tree
+from fjft.checkpoint import adapter as adapter_files
+from fjft.checkpoint.huggingface import Provenance, match
+from fjft.checkpoint.loading import load_params
+from fjft.checkpoint.source import ModelFiles, open_model
+from fjft.errors import UserError
+from fjft.models.families import FAMILIES
+from fjft.models.fields import Fields
+from fjft.models.heads import with_head
+from fjft.models.layers import Maker
+from fjft.models.weights import Site, sites
+from fjft.options import DTYPES, check_name
+from fjft.peft.methods import METHODS
+
+
+def find_family(files: ModelFiles) -> types.ModuleType:
+    """The module of `FAMILIES` that a pretrained model belongs to.
+
+    Raises:
+      UserError: There is none.
+    """
+    check_name("model_type", str(files.config.model_type), FAMILIES)
+    return FAMILIES[files.config.model_type]
+
+
+def read_architecture(files: ModelFiles) -> tuple[types.ModuleType, Any]:
+    """The family of a pretrained model, and its numbers; no weights are read.
+
+    Raises:
+      UserError: The model type is unknown, or its config asks for what is not there.
+    """
+    family = find_family(files)
+    fields = Fields(files.config, files.tensors)
+    arch = family.architecture(fields)
+    fields.close()
+    return family, arch
+
+
+def build_model(
+    files: ModelFiles,
+    *,
+    method: types.ModuleType | None,
+    peft_config: Any,
+    dtype: str,
+    mesh: Mesh,
+    seed: int = 0,
+    adapter: str | Path | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+) -> Any:
+    """Loads a pretrained model onto a mesh, with a method's adapters attached.
+
+    Args:
+      files: The pretrained model.
+      method: A module of `METHODS`, or None for the bare model.
+      peft_config: The method's options.
+      dtype: One of `DTYPES`; what the method trains is float32 whatever it says.
+      mesh: Where the parameters go.
+      seed: Of the adapters' initial values.
+      adapter: A PEFT directory to take the adapters' values from instead.
+      head: A key of `models.heads`' table; None is the one that the checkpoint names.
+        What the checkpoint lacks of it is made new, what it has of another head is
+        passed over, and `model.provenance` names both.
+      num_labels: How many labels the head tells apart; None is what the config says.
+        A stored head for another number is made new.
+
+    Raises:
+      UserError: The model type is unknown, its weights do not fit its config, or a
+        new head would not be trained.
+    """
+    if head is not None or num_labels is not None:
+        family = find_family(files)
+        if head is not None:
+            check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
+        config = with_head(files.config, head, num_labels)
+        files = dataclasses.replace(files, config=config)
+    family, arch = read_architecture(files)
+    if dtype == "auto":
+        dtype = _checkpoint_dtype(files)
+    cuts = method.cuts(peft_config, arch.num_layers) if method else ()
+
+    def make(rngs: nnx.Rngs) -> Any:
+        model = family.MODEL(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
+        if method is not None:
+            method.attach(model, sites(family.rows(arch), model), peft_config, rngs)
+        return model
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    table = sites(family.rows(arch), model)
+    graphdef, abstract = tree.split(model)
+    if method is not None:
+        trainable = method.is_trainable(peft_config, table)
+        abstract = {
+            path: jax.ShapeDtypeStruct(p.shape, jnp.float32) if trainable(path) else p
+            for path, p in abstract.items()
+        }
+    shapes = {path: p.shape for path, p in abstract.items()}
+    shardings = sharding.param_shardings(tree.logical_axes(model), shapes, mesh)
+    matched = match(
+        files,
+        table,
+        abstract,
+        prefix=getattr(arch, "base_name", None),
+        may_lack_head=head is not None or getattr(arch, "head", "") == "base",
+        other_labels=num_labels is not None,
+    )
+    provenance = Provenance(
+        files, table, method, peft_config, matched.new, matched.passed_over
+    )
+    pretrained = [s for s in table if set(s.hf_names).isdisjoint(matched.new)]
+    # Nobody looks at the pooler of a bare model unless asked to.
+    if method is not None and getattr(arch, "head", "") != "base":
+        _check_new_is_trained(table, matched.new, method, peft_config)
+    params: tree.Params = {}
+    old = {site.path for site in pretrained}
+    new = {path: s for path, s in shardings.items() if path not in old}
+    if new:
+        init = jax.jit(
+            lambda key: {
+                path: value
+                for path, value in tree.split(make(nnx.Rngs(key)))[1].items()
+                if path in new
+            },
+            out_shardings=new,
+        )
+        params |= init(jax.random.key(seed))
+    params |= load_params(files, pretrained, matched.stored, abstract, shardings)
+    if adapter is not None:
+        stored = adapter_files.load_adapter_params(
+            model, provenance, abstract, shardings, adapter
+        )
+        params |= stored
+        brought = {n for site in table if site.path in stored for n in site.hf_names}
+        still_new = tuple(name for name in matched.new if name not in brought)
+        provenance = dataclasses.replace(provenance, new=still_new)
+    model = tree.merge(graphdef, params)
+    model.provenance = provenance
+    return model
+
+
+def _check_new_is_trained(
+    table: Sequence[Site], new: Sequence[str], method: types.ModuleType, config: Any
+) -> None:
+    """Refuses to leave a new head as random as it starts."""
+    trainable = method.is_trainable(config, table)
+    sites_of_new = [site for site in table if set(site.hf_names) & set(new)]
+    idle = [site for site in sites_of_new if not trainable(site.path)]
+    if idle:
+        modules = sorted({m for site in idle for m in site.hf_modules})
+        raise UserError(
+            f"the checkpoint has no {', '.join(modules)}, so they start from random "
+            "values, but this method would not train them; set "
+            f"peft.modules_to_save={'|'.join(modules)}"
+        )
+
+
+def _checkpoint_dtype(files: ModelFiles) -> str:
+    names = files.tensors.names
+    sizes: dict[str, int] = {}
+    for name in names:
+        key = str(files.tensors.dtype(name))
+        sizes[key] = sizes.get(key, 0) + 1
+    return max(sizes, key=sizes.__getitem__)
+
+
+def load_model(
+    source: str,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    adapter: str | Path | None = None,
+    revision: str = "main",
+    head: str | None = None,
+    num_labels: int | None = None,
+) -> Any:
+    """Loads a pretrained model.
+
+    Args:
+      source: A Hugging Face directory, a GGUF or safetensors file,
+        `package:NAME/path`, or a hub id.
+      dtype: Type of weights and activations: `float32`, `bfloat16`, `float16`, or
+        `auto` for the checkpoint's own.
+      mesh: Where the parameters go; one device when None.
+      adapter: A PEFT directory to put on top.
+      revision: Branch, tag or commit of a hub id.
+      head: `base`, `masked_lm`, `sequence_classification`, `token_classification` or
+        `question_answering` instead of the checkpoint's own; what it lacks of it is
+        made new, as `model.provenance.new` tells.
+      num_labels: How many labels the head tells apart, instead of what the config says.
+
+    Returns:
+      A Flax module: `model(input_ids)` gives logits, `model.config` is Hugging Face's.
+
+    Raises:
+      UserError: No such model, an unknown type, or a broken checkpoint.
+    """
+    check_name("dtype", dtype, DTYPES)
+    method = peft_config = None
+    if adapter is not None:
+        described = adapter_files.read_adapter_config(adapter)
+        known = {m.PEFT_TYPE: m for m in METHODS.values() if m.PEFT_TYPE}
+        check_name("peft_type", str(described.get("peft_type")), known)
+        method = known[described["peft_type"]]
+        peft_config = method.from_peft(described)
+    return build_model(
+        open_model(source, revision),
+        method=method,
+        peft_config=peft_config,
+        dtype=dtype,
+        mesh=sharding.single_device_mesh() if mesh is None else mesh,
+        adapter=adapter,
+        head=head,
+        num_labels=num_labels,
+    )
