@@ -129,9 +129,18 @@ def test_a_parameter_too_large_for_the_host_comes_in_parts(
     get_twins, size, monkeypatch
 ):
     whole = tree.split(get_twins(CASE).model)[1]
+    held, views = [], loading._views
+
+    def spy(site, parts):
+        held.append([part.nbytes for part in parts.values()])
+        return views(site, parts)
+
+    monkeypatch.setattr(loading, "_views", spy)
     monkeypatch.setattr(loading, "HOST_BYTES", size)
     monkeypatch.setattr(loading, "_share_memory", lambda sharding: False)
     model = tiny.build_model(get_twins(CASE).directory, mesh=_mesh(1, 4, 2))
+    assert all(len(parts) == 1 or sum(parts) <= size for parts in held)
+    assert len(held) > len(whole)
     for path, param in tree.split(model)[1].items():
         np.testing.assert_array_equal(param, whole[path], err_msg=path)
 

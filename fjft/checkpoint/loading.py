@@ -1,10 +1,11 @@
-"""Puts pretrained weights on devices: each byte is read once, and little is held.
+"""Puts pretrained weights on devices, while the host holds little of them.
 
 A device's part of a matrix is often a strip of its columns, which lie scattered over
 the file. So a matrix is read in blocks of whole rows, and every block is dealt out to
-all devices' parts at once, instead of once for each of them.
+the parts of many devices at once, instead of being read for each of them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,11 +74,11 @@ def _load_param(
         assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
-    nbytes = np.dtype(abstract.dtype).itemsize * int(np.prod(shape))
     placed, every = [], list(devices_of)
     at_once = len(every)
     if not _share_memory(sharding):
-        at_once = max(1, len(every) * HOST_BYTES // max(1, nbytes))
+        part = math.prod(sharding.shard_shape(shape)) * abstract.dtype.itemsize
+        at_once = max(1, HOST_BYTES // max(1, part))
     for first in range(0, len(every), at_once):
         some = every[first : first + at_once]
         parts = {bounds: _aligned(bounds, abstract.dtype) for bounds in some}

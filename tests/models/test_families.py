@@ -123,7 +123,7 @@ def test_loss_and_gradients_equal_torch(twins, record_property):
     theirs = tiny.as_stored(twin, theirs)
     # Some are zero but for rounding (transformers' softmax is float32 even here): a
     # router's where one expert's weight is scaled to 1, keys' biases without rotation.
-    zero = 1e-6 * max(float(np.abs(g).max()) for g in theirs.values())
+    zero = 1e-7 * max(float(np.abs(g).max()) for g in theirs.values())
 
     graphdef, params = tree.split(twins.model)
 
@@ -219,12 +219,14 @@ def test_bfloat16_is_as_near_to_float32_as_torch_is(twins, record_property):
     ids = tiny.random_ids(B, T)
     exact = tiny.torch_logits(twins.torch, ids)
     half = tiny.cast(twins.torch, "bfloat16")
-    # The median, since rounding sends a token here and there to another expert.
-    theirs = np.median(np.abs(tiny.torch_logits(half, ids) - exact))
+    # Rounding sends a token here and there to another expert.
+    is_routed = hasattr(twins.torch.config, "num_experts_per_tok")
+    typical = np.median if is_routed else np.mean
+    theirs = typical(np.abs(tiny.torch_logits(half, ids) - exact))
     model = tiny.build_model(twins.directory, dtype="bfloat16")
     logits = tiny.jit_apply(model)(ids)
     assert logits.dtype == jnp.bfloat16
-    ours = np.median(np.abs(logits.astype(np.float32) - exact))
-    record_property("median_error_ours", float(ours))
-    record_property("median_error_torch", float(theirs))
+    ours = typical(np.abs(logits.astype(np.float32) - exact))
+    record_property("error_ours", float(ours))
+    record_property("error_torch", float(theirs))
     assert ours < 1.3 * theirs
