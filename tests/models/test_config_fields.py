@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import perturb
 import pytest
 import tiny
 
@@ -10,16 +11,8 @@ from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import HARMLESS, Fields
 
-# What these say is not about the model's maths, and other values are no valid configs.
-NOT_FIELDS = {"transformers_version", "is_encoder_decoder", "return_dict"} | {
-    "initializer_range"  # of the maths of new weights only, which have their own test
-}
-# Tried in turn until transformers takes one.
-CHANGES = {
-    bool: [lambda x: not x],
-    int: [lambda x: x * 2, lambda x: x + 1, lambda x: x - 1],
-    float: [lambda x: x * 1.5 + 0.125],
-}
+# One more is of the maths of new weights only, which have their own test.
+NOT_FIELDS = perturb.NOT_FIELDS | {"initializer_range"}
 OTHER_VALUES = {
     "hidden_act": ["relu", "gelu", "hardswish", "gelu_pytorch_tanh"],
     "head_dim": [14],
@@ -69,7 +62,7 @@ def _perturbations():
         always_harmless = HARMLESS - {"max_position_embeddings", "pad_token_id"}
         for name in fields.keys() - always_harmless - NOT_FIELDS:
             if name not in OTHER_VALUES:
-                values = _other_numbers(fields[name])
+                values = perturb.other_numbers(fields[name])
                 if values:  # the first that transformers takes
                     yield pytest.param(case, name, values, id=f"{family}-{name}")
                 continue
@@ -80,22 +73,17 @@ def _perturbations():
                 yield pytest.param(case, name, [other], id=f"{family}-{name}-{i}")
 
 
-def _other_numbers(value):
-    return [change(value) for change in CHANGES.get(type(value), [])]
-
-
 PERTURBATIONS = sorted(_perturbations(), key=lambda parameters: str(parameters.id))
 
 
 def _perturbed_twin(case, name, values, ids):
     """The torch model of the first value that transformers can run, and its logits."""
-    for value in values:
-        try:
-            twin = tiny.make_torch(_small(case, **{name: value}))
-            return twin, value, tiny.torch_logits(twin, ids)
-        except Exception:  # transformers has no one way to refuse
-            continue
-    return None, None, None
+
+    def run(value):
+        twin = tiny.make_torch(_small(case, **{name: value}))
+        return twin, value, tiny.torch_logits(twin, ids)
+
+    return perturb.first_accepted(values, run) or (None, None, None)
 
 
 @pytest.mark.parametrize(("case", "name", "values"), PERTURBATIONS)
@@ -138,7 +126,9 @@ def test_fields_called_harmless_change_nothing_in_torch(family):
     expected, fields = tiny.torch_logits(twin, ids), twin.config.to_dict()
     read = _fields_that_are_read(twin)
     for name in sorted((fields.keys() & HARMLESS) - NOT_FIELDS - read):
-        other, _, _ = _perturbed_twin(case, name, _other_numbers(fields[name]), ids)
+        other, _, _ = _perturbed_twin(
+            case, name, perturb.other_numbers(fields[name]), ids
+        )
         if other is not None:
             other.load_state_dict(twin.state_dict())
             np.testing.assert_array_equal(

@@ -3,22 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import perturb
 import pytest
 import tiny
 import tiny_encoders
 
 from fjft.errors import UserError
 
-# What these say is not about the model's maths, and other values are no valid configs.
-NOT_FIELDS = {"transformers_version", "is_encoder_decoder", "return_dict"} | {
-    "initializer_range"  # of the maths of new weights only, which have their own test
-}
-# Tried in turn until transformers takes one.
-CHANGES = {
-    bool: [lambda x: not x],
-    int: [lambda x: x * 2, lambda x: x + 1, lambda x: x - 1],
-    float: [lambda x: x * 1.5 + 0.125],
-}
+# One more is of the maths of new weights only, which have their own test.
+NOT_FIELDS = perturb.NOT_FIELDS | {"initializer_range"}
 OTHER_VALUES = {
     "hidden_act": ["relu", "hardswish"],
     "activation": ["gelu", "hardswish"],
@@ -41,7 +34,7 @@ OTHER_VALUES = {
         }
     ],
 }
-# Fields that only a head of this name reads.
+# How fields begin that only a classifying head reads.
 OF_CLASSIFIERS = ("classifier", "cls", "seq_class", "summary", "pooler", "num_labels")
 VARIANTS = {case.partition("/")[0]: case for case in reversed(tiny_encoders.CONFIGS)}
 
@@ -58,23 +51,20 @@ def _perturbations():
                 label = f"{family}-{name}" + ("" if value is None else f"-{value}")
                 values = [value]
                 if value is None:
-                    values = [
-                        f(fields[name]) for f in CHANGES.get(type(fields[name]), [])
-                    ]
+                    values = perturb.other_numbers(fields[name])
                 if values:
                     yield pytest.param(f"{variant}/{head}", name, values, id=label[:60])
 
 
 def _perturbed_twin(case, name, values, inputs):
     """The torch model of the first value that transformers can run, and its outputs."""
-    for value in values:
-        try:
-            config = tiny_encoders.make_config(case, **{name: value})
-            twin = tiny_encoders.make_torch(case, config)
-            return twin, tiny_encoders.torch_outputs(twin, **inputs)
-        except Exception:  # transformers has no one way to refuse
-            continue
-    return None, None
+
+    def run(value):
+        config = tiny_encoders.make_config(case, **{name: value})
+        twin = tiny_encoders.make_torch(case, config)
+        return twin, tiny_encoders.torch_outputs(twin, **inputs)
+
+    return perturb.first_accepted(values, run) or (None, None)
 
 
 @pytest.mark.parametrize(("case", "name", "values"), list(_perturbations()))
