@@ -56,6 +56,8 @@ def encode(name: str, rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarra
 def round_trip(params: tree.Params, sites: Sequence[Site], dtype: str) -> tree.Params:
     """The parameters as they come back from a file, in the types that they have.
 
+    One tensor of a stack is converted at a time.
+
     Args:
       params: A model's, without adapters.
       sites: Where its tensors lie.
@@ -65,8 +67,11 @@ def round_trip(params: tree.Params, sites: Sequence[Site], dtype: str) -> tree.P
     for site in sites:
         param = params[site.path]
         kind = fitting_kind(KINDS[dtype][0], site.hf_shape(param.shape))
-        encoded = encode(site.path, np.asarray(jax.device_get(param)), kind)
-        if kind.name not in PLAIN_DTYPES:
-            encoded = gguf.quants.dequantize(encoded, kind)
-        found[site.path] = jax.device_put(encoded.astype(param.dtype), param.sharding)
+        host = np.empty(param.shape, param.dtype)
+        for name, place in site.tensors():
+            encoded = encode(name, np.asarray(param[place]), kind)
+            if kind.name not in PLAIN_DTYPES:
+                encoded = gguf.quants.dequantize(encoded, kind)
+            host[place] = encoded
+        found[site.path] = jax.device_put(host, param.sharding)
     return found

@@ -11,10 +11,7 @@ from fjft.errors import UserError
 
 # Largest difference of logits that rounding merged weights to a type may make.
 TOLERANCES = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0, "q8_0": 4.0}
-FORMATS = {
-    "huggingface": ("float32", "float16", "bfloat16"),
-    "gguf": ("float32", "float16", "bfloat16", "q8_0"),
-}
+FORMATS = ("huggingface", "gguf")
 
 TEXTS = (
     "The harbour was quiet at dawn. Two fishermen mended their nets and spoke of the "
@@ -44,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format",
-        choices=list(FORMATS),
+        choices=FORMATS,
         default="huggingface",
         help="huggingface (the default), or gguf: one file for llama.cpp and what is "
         "built on it",
@@ -70,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads, merges if asked, and writes."""
     chosen = flags.parse(parser, argv)
-    if chosen.dtype not in (None, *FORMATS[chosen.format]):
-        parser.error(f"--dtype={chosen.dtype} is for --format=gguf")
+    if chosen.dtype == "q8_0" and chosen.format != "gguf":
+        parser.error("--dtype=q8_0 is for --format=gguf")
     output = Path(chosen.output)
     _check_output(output, chosen.format)
     found = weights.choose(parser, chosen)
