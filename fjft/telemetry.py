@@ -5,10 +5,11 @@ Nothing above this floor prints or opens a log. Log keys are trl's: `loss`,
 `eval_loss` and so on; `step` is in every row.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,13 +128,28 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a line."""
-        self._file.write(_to_line(row))
-        self._file.flush()
+        """Appends a line.
+
+        Raises:
+          OSError: No space left; it names the file.
+        """
+        with self._named_in_errors():
+            self._file.write(_to_line(row))
+            self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; raises as `write` does."""
+        with self._named_in_errors():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        """An open file's own errors do not say which file it is."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
 
 class TensorBoardWriter:

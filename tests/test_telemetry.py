@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,16 @@ def read_lines(directory) -> list[dict]:
 
 
 # ------------------------------------------------------------------- log files
+
+
+def test_no_space_for_the_log_names_the_log(tmp_path):
+    writer = telemetry.JsonlWriter(telemetry.Run(tmp_path, None, "run", {}))
+    writer._file.close()
+    writer._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    for act in (lambda: writer.write({"step": 1}), writer.close):
+        with pytest.raises(OSError, match="No space left") as caught:
+            act()
+        assert caught.value.filename == "/dev/full"
 
 
 def test_rows_are_plain_json_and_on_disk_before_close(tmp_path):
