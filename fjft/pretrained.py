@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,79 @@ def read_architecture(files: ModelFiles) -> tuple[types.ModuleType, Any]:
     return family, arch
 
 
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model before it has any numbers: what it is made of, and where that will lie.
+
+    Attributes:
+      model: The module, with shapes in the place of arrays.
+      graphdef: Its structure.
+      params: Shape, dtype and sharding of each parameter, by path.
+      sites: Where each tensor of a checkpoint lies in it.
+      make: Makes the module with new numbers.
+    """
+
+    model: Any
+    graphdef: nnx.GraphDef
+    params: dict[str, jax.ShapeDtypeStruct]
+    sites: Sequence[Site]
+    make: Callable[[nnx.Rngs], Any]
+
+    @property
+    def shardings(self) -> dict[str, Any]:
+        """How each parameter lies on the devices."""
+        return {path: p.sharding for path, p in self.params.items()}
+
+
+def draw_model(
+    files: ModelFiles,
+    *,
+    method: types.ModuleType | None,
+    peft_config: Any,
+    dtype: str,
+    mesh: Mesh,
+) -> Blueprint:
+    """Draws a model with a method's adapters attached; nothing is allocated.
+
+    Args:
+      files: The pretrained model; only its config is read.
+      method: A module of `METHODS`, or None for the bare model.
+      peft_config: The method's options.
+      dtype: One of `DTYPES` but `auto`; what the method trains is float32 anyway.
+      mesh: Where the parameters will lie.
+
+    Raises:
+      UserError: The model type is unknown, or a parameter does not divide over the
+        mesh.
+    """
+    family, arch = read_architecture(files)
+    cuts = method.cuts(peft_config, arch.num_layers) if method else ()
+
+    def make(rngs: nnx.Rngs) -> Any:
+        model = family.MODEL(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
+        if method is not None:
+            method.attach(model, sites(family.rows(arch), model), peft_config, rngs)
+        return model
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    table = sites(family.rows(arch), model)
+    graphdef, abstract = tree.split(model)
+    trainable = (
+        method.is_trainable(peft_config, table) if method else lambda path: False
+    )
+    shapes = {path: p.shape for path, p in abstract.items()}
+    shardings = sharding.param_shardings(tree.logical_axes(model), shapes, mesh)
+    params = {
+        path: jax.ShapeDtypeStruct(
+            p.shape,
+            jnp.float32 if trainable(path) else p.dtype,
+            sharding=shardings[path],
+        )
+        for path, p in abstract.items()
+    }
+    return Blueprint(model, graphdef, params, table, make)
+
+
 def build_model(
     files: ModelFiles,
     *,
@@ -87,32 +160,16 @@ def build_model(
             check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
         config = with_head(files.config, head, num_labels)
         files = dataclasses.replace(files, config=config)
-    family, arch = read_architecture(files)
     if dtype == "auto":
         dtype = _checkpoint_dtype(files)
-    cuts = method.cuts(peft_config, arch.num_layers) if method else ()
-
-    def make(rngs: nnx.Rngs) -> Any:
-        model = family.MODEL(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
-        if method is not None:
-            method.attach(model, sites(family.rows(arch), model), peft_config, rngs)
-        return model
-
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    table = sites(family.rows(arch), model)
-    graphdef, abstract = tree.split(model)
-    if method is not None:
-        trainable = method.is_trainable(peft_config, table)
-        abstract = {
-            path: jax.ShapeDtypeStruct(p.shape, jnp.float32) if trainable(path) else p
-            for path, p in abstract.items()
-        }
-    shapes = {path: p.shape for path, p in abstract.items()}
-    shardings = sharding.param_shardings(tree.logical_axes(model), shapes, mesh)
+    blueprint = draw_model(
+        files, method=method, peft_config=peft_config, dtype=dtype, mesh=mesh
+    )
+    arch, table = blueprint.model.arch, blueprint.sites
     matched = match(
         files,
         table,
-        abstract,
+        blueprint.params,
         prefix=getattr(arch, "base_name", None),
         may_lack_head=head is not None or getattr(arch, "head", "") == "base",
         other_labels=num_labels is not None,
@@ -124,29 +181,32 @@ def build_model(
     # Nobody looks at the pooler of a bare model unless asked to.
     if method is not None and getattr(arch, "head", "") != "base":
         _check_new_is_trained(table, matched.new, method, peft_config)
-    params: tree.Params = {}
     old = {site.path for site in pretrained}
+    shardings = blueprint.shardings
+    params: tree.Params = {}
     new = {path: s for path, s in shardings.items() if path not in old}
     if new:
         init = jax.jit(
             lambda key: {
                 path: value
-                for path, value in tree.split(make(nnx.Rngs(key)))[1].items()
+                for path, value in tree.split(blueprint.make(nnx.Rngs(key)))[1].items()
                 if path in new
             },
             out_shardings=new,
         )
         params |= init(jax.random.key(seed))
-    params |= load_params(files, pretrained, matched.stored, abstract, shardings)
+    params |= load_params(
+        files, pretrained, matched.stored, blueprint.params, shardings
+    )
     if adapter is not None:
         stored = adapter_files.load_adapter_params(
-            model, provenance, abstract, shardings, adapter
+            blueprint.model, provenance, blueprint.params, shardings, adapter
         )
         params |= stored
         brought = {n for site in table if site.path in stored for n in site.hf_names}
         still_new = tuple(name for name in matched.new if name not in brought)
         provenance = dataclasses.replace(provenance, new=still_new)
-    model = tree.merge(graphdef, params)
+    model = tree.merge(blueprint.graphdef, params)
     model.provenance = provenance
     return model
 

@@ -1,6 +1,7 @@
 """PEFT directories: adapters that PEFT reads, and PEFT's adapters read here."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,9 +71,9 @@ def merge_adapter(model: Any) -> Any:
     merged = tree.merge(*tree.split(model))
     module: Any
     for _, module in list(nnx.iter_modules(merged)):
-        adapter = getattr(module, "adapter", None)
-        if adapter is not None:
-            module.weight[...] = _merged(adapter, module.weight[...])
+        if getattr(module, "adapter", None) is not None:
+            graphdef, params = tree.split(module)
+            tree.update(module, _merge(graphdef, params))
             module.adapter = nnx.data(None)
     merged.provenance = dataclasses.replace(
         model.provenance, method=None, peft_config=None
@@ -80,9 +81,12 @@ def merge_adapter(model: Any) -> Any:
     return merged
 
 
-@jax.jit
-def _merged(adapter: Any, weight: jax.Array) -> jax.Array:
-    return adapter.merged(weight)
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(graphdef: nnx.GraphDef, params: tree.Params) -> tree.Params:
+    """A linear map's arrays, after its adapter was folded into it."""
+    linear = tree.merge(graphdef, params)
+    linear.adapter.merge(linear)
+    return tree.split(linear)[1]
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Linear(nnx.Module):
 
     Attributes:
       name: The attribute that holds this map in its block (`q`, `gate`, ...).
-      adapter: None, or a module called as `adapter(x, y, rng)` that returns the new y.
+      adapter: None, or a module that stands around the map: it is called as
+        `adapter(linear, x, rng)` and gives what the map gives from then on.
     """
 
     def __init__(
@@ -89,14 +90,20 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None = None
     ) -> Float[Array, "*B out"]:
+        if self.adapter is None:
+            return self.base(x)
+        if rng is not None:
+            rng = jax.random.fold_in(rng, zlib.crc32(self.name.encode()))
+        return self.adapter(self, x, rng)
+
+    def base(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        """The map without its adapter."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
-        if self.bias is not None:
-            y = y + _broadcast(self.bias[...].astype(x.dtype), y)
-        if self.adapter is not None:
-            if rng is not None:
-                rng = jax.random.fold_in(rng, zlib.crc32(self.name.encode()))
-            y = self.adapter(x, y, rng)
-        return y
+        return (
+            y
+            if self.bias is None
+            else y + _broadcast(self.bias[...].astype(x.dtype), y)
+        )
 
 
 def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:

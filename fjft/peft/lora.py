@@ -114,23 +114,23 @@ class Adapter(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self,
-        x: Float[Array, "*B in"],
-        y: Float[Array, "*B out"],
-        rng: Key[Array, ""] | None,
+        self, linear: Linear, x: Float[Array, "*B in"], rng: Key[Array, ""] | None
     ) -> Float[Array, "*B out"]:
+        y = linear.base(x)
         if rng is not None and self.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         return y + _low_rank(x, self.a[...], self.b[...], self.scale[...])
 
-    def merged(self, weight: Float[Array, "*L out in"]) -> Float[Array, "*L out in"]:
-        """The weight with which the map alone gives what map and adapter give."""
+    def merge(self, linear: Linear) -> None:
+        """Changes the map so that it alone gives what map and adapter give."""
+        weight = linear.weight[...]
         delta = jnp.einsum(
             "...oR,...Ri->...oi", self.b[...], self.a[...], precision="highest"
         )
         scale = self.scale[...].reshape(*self.scale.shape, 1, 1)
-        return (weight.astype(jnp.float32) + delta * scale).astype(weight.dtype)
+        merged = weight.astype(jnp.float32) + delta * scale
+        linear.weight[...] = merged.astype(weight.dtype)
 
 
 @jax.custom_vjp

@@ -240,27 +240,29 @@ def test_new_adapters_depend_on_the_seed_alone(get_twins):
     assert not np.array_equal(start(seed=5), start(seed=6))
 
 
-def _adapter(dropout: float, size: int = 64) -> lora.Adapter:
-    """An adapter that adds its own input."""
+def _adapted(dropout: float, size: int = 64) -> Linear:
+    """A map that gives twice its input, with an adapter that adds its own."""
     maker = Maker(nnx.Rngs(0), jnp.float32)
     sizes, axes = (size, size), ("heads", "embed")
     linear = Linear(maker, "q", sizes, axes, bias=False, std=1.0)
     adapter = lora.Adapter(nnx.Rngs(0), linear, (size,), (1.0,), dropout)
     adapter.a[...] = adapter.b[...] = jnp.eye(size)
-    return adapter
+    linear.weight[...] = 2 * jnp.eye(size)
+    linear.adapter = nnx.data(adapter)
+    return linear
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_dropout_keeps_the_mean_and_drops_its_share(dropout):
     x, y = jnp.ones((200, 64)), jnp.full((200, 64), 2.0)
-    adapter = _adapter(dropout)
-    np.testing.assert_array_equal(adapter(x, y, None), x + y)
-    out = np.asarray(adapter(x, y, jax.random.key(0)) - y)
+    linear = _adapted(dropout)
+    np.testing.assert_array_equal(linear(x), x + y)
+    out = np.asarray(linear(x, jax.random.key(0)) - y)
     kept = out != 0
     np.testing.assert_allclose(out[kept], 1 / (1 - dropout), rtol=1e-6)
     assert (~kept).mean() == pytest.approx(dropout, abs=0.02)
     assert out.mean() == pytest.approx(1, abs=0.03)
-    again = np.asarray(adapter(x, y, jax.random.key(1)) - y)
+    again = np.asarray(linear(x, jax.random.key(1)) - y)
     assert ((out != 0) != (again != 0)).any()
 
 
