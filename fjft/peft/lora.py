@@ -15,6 +15,7 @@ from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker
 from fjft.models.weights import Site, module_at
 from fjft.peft import targets
+from fjft.peft.low_rank import low_rank
 from fjft.peft.targets import PeftTensor
 
 PEFT_TYPE = "LORA"
@@ -120,7 +121,7 @@ class Adapter(nnx.Module):
         if rng is not None and self.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        return y + _low_rank(x, self.a[...], self.b[...], self.scale[...])
+        return y + low_rank(x, self.a[...], self.b[...], self.scale[...])
 
     def merge(self, linear: Linear) -> None:
         """Changes the map so that it alone gives what map and adapter give."""
@@ -131,43 +132,6 @@ class Adapter(nnx.Module):
         scale = self.scale[...].reshape(*self.scale.shape, 1, 1)
         merged = weight.astype(jnp.float32) + delta * scale
         linear.weight[...] = merged.astype(weight.dtype)
-
-
-@jax.custom_vjp
-def _low_rank(x, a, b, scale):
-    """`scale * x @ a.T @ b.T` in the type of x; a and b are float32."""
-    return _low_rank_forward(x, a, b, scale)[0]
-
-
-def _low_rank_forward(x, a, b, scale):
-    low = jnp.einsum("...i,Ri->...R", x, a.astype(x.dtype)) * scale.astype(x.dtype)
-    return jnp.einsum("...R,oR->...o", low, b.astype(x.dtype)), (x, low, a, b, scale)
-
-
-def _low_rank_backward(residuals, grad):
-    """Gradients of a and b are summed in float32 whatever the activations are.
-
-    That of b is formed as [R, out]: then the narrow factor of the product is the one
-    that has to be transposed in memory.
-    """
-    x, low, a, b, scale = residuals
-    grad_low = jnp.einsum("...o,oR->...R", grad, b.astype(grad.dtype))
-    grad_low = grad_low * scale.astype(grad.dtype)
-    flat = [t.reshape(-1, t.shape[-1]) for t in (x, low, grad, grad_low)]
-    flat_x, flat_low, flat_grad, flat_grad_low = flat
-
-    def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.einsum("BR,Bd->Rd", left, right, preferred_element_type=jnp.float32)
-
-    return (
-        jnp.einsum("...R,Ri->...i", grad_low, a.astype(grad.dtype)),
-        product(flat_grad_low, flat_x),
-        product(flat_low, flat_grad).T,
-        None,
-    )
-
-
-_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
