@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker
 from fjft.models.weights import Site, module_at
-from fjft.peft import targets
+from fjft.peft import saved, targets
 from fjft.peft.low_rank import low_rank
 from fjft.peft.targets import PeftTensor
 
@@ -162,7 +162,7 @@ def attach(
             f"peft.target_modules={config.target_modules!r} means {head}, which LoRA "
             f"does not adapt; train it whole with peft.modules_to_save={head}"
         )
-    _saved_paths(config, sites)
+    saved.paths(config.modules_to_save, sites)
     for site in linears:
         modules = site.hf_modules
         ranks = tuple(config.rank(m) if m in chosen else 0 for m in modules)
@@ -174,55 +174,12 @@ def attach(
             )
 
 
-def _saved_paths(config: Config, sites: Sequence[Site]) -> frozenset[str]:
-    """The parameters that are trained whole."""
-    if not config.modules_to_save:
-        return frozenset()
-    chosen = _saved_modules(config, sites).keys()
-    tied = not any(site.path.startswith("lm_head.") for site in sites)
-    if tied and any(name.endswith("embed_tokens") for name in chosen):
-        raise UserError(
-            f"peft.modules_to_save={config.modules_to_save!r}: this model ties its "
-            "embeddings to its output head, and PEFT would load them into one of the "
-            "two; train such a model with peft.method=full"
-        )
-    paths = set()
-    for site in sites:
-        found = sum(m in chosen for m in site.hf_modules)
-        if found not in (0, len(site.hf_modules)):
-            raise UserError(
-                f"peft.modules_to_save={config.modules_to_save!r} means some layers of "
-                f"{site.path} and not others; name all of them or use rank_pattern"
-            )
-        if found:
-            paths.add(site.path)
-    return frozenset(paths)
-
-
-def _saved_modules(config: Config, sites: Sequence[Site]) -> dict[str, str]:
-    """The modules that are trained whole, each with the module that a pattern means.
-
-    That may be one that holds it: `classifier` means RoBERTa's `classifier.dense` too.
-    And it may only end so, since PEFT would ask a file that names DistilBERT's
-    `classifier` for its `pre_classifier` too.
-    """
-    if not config.modules_to_save:
-        return {}
-    names = [m for site in sites for m in site.hf_modules]
-    whole = {m: targets.holders(m) for m in names}
-    every = [*dict.fromkeys(h for holders in whole.values() for h in holders)]
-    chosen = targets.select(config.modules_to_save, every, "peft.modules_to_save")
-    ends = tuple(chosen)
-    found = {m: [h for h in hs if h.endswith(ends)] for m, hs in whole.items()}
-    return {m: holders[0] for m, holders in found.items() if holders}
-
-
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
     """Adapters' A and B, and what `modules_to_save` means."""
-    saved = _saved_paths(config, sites)
+    whole = saved.paths(config.modules_to_save, sites)
 
     def trainable(path: str) -> bool:
-        return path.endswith((f"{ADAPTER}a", f"{ADAPTER}b")) or path in saved
+        return path.endswith((f"{ADAPTER}a", f"{ADAPTER}b")) or path in whole
 
     return trainable
 
@@ -233,7 +190,9 @@ def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> i
         sum(adapter.ranks) * (adapter.a.shape[-1] + adapter.b.shape[-2])
         for _, adapter in _adapters(model, sites)
     )
-    whole = (module_at(model, p).shape for p in _saved_paths(config, sites))
+    whole = (
+        module_at(model, p).shape for p in saved.paths(config.modules_to_save, sites)
+    )
     return adapters + sum(map(math.prod, whole))
 
 
@@ -252,7 +211,7 @@ def peft_config(
     same_leaves = {
         m for s in linears for m in s.hf_modules if m.rpartition(".")[2] in leaves
     }
-    modules = set(_saved_modules(config, sites).values())
+    modules = set(saved.modules(config.modules_to_save, sites).values())
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -290,13 +249,7 @@ def peft_tensors(
                         f"{name}.lora_B.weight", f"{path}b", (*layer, every, used)
                     ),
                 ]
-    saved = _saved_paths(config, sites)
-    for site in sites:
-        if site.path in saved:
-            for i, name in enumerate(site.hf_names):
-                layer = (i,) if site.lead else ()
-                table.append(PeftTensor(targets.PEFT_PREFIX + name, site.path, layer))
-    return table
+    return table + saved.tensors(config.modules_to_save, sites)
 
 
 def _adapters(
@@ -350,13 +303,13 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     modules = _in_layers(
         modules, rest.pop("layers_to_transform", None), rest.pop("layers_pattern", None)
     )
-    saved = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
+    whole = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
     names = {field.name for field in dataclasses.fields(Config)}
     known = {name: rest.pop(name) for name in names & set(rest)}
     unknown = {k: v for k, v in rest.items() if v and (k, v) != ("bias", "none")}
     if unknown:
         raise UserError(f"the adapter uses parts of LoRA that fjft lacks: {unknown}")
-    known |= {"target_modules": modules, "modules_to_save": saved}
+    known |= {"target_modules": modules, "modules_to_save": whole}
     return Config(**known)
 
 
