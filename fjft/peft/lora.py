@@ -149,19 +149,7 @@ def attach(
       UserError: A pattern matches nothing, or cannot be had with tied embeddings.
     """
     linears = targets.linear_sites(model, sites)
-    is_all = config.target_modules == targets.ALL_LINEAR
-    # Not every family calls its head so.
-    lm_head = {m for s in linears if s.path == "lm_head.weight" for m in s.hf_modules}
-    names = [m for s in linears if not (is_all and s.head) for m in s.hf_modules]
-    if is_all:
-        names = [m for m in names if m not in lm_head]
-    chosen = targets.select(config.target_modules, names, "peft.target_modules")
-    if lm_head & chosen:
-        head = "".join(lm_head)
-        raise UserError(
-            f"peft.target_modules={config.target_modules!r} means {head}, which LoRA "
-            f"does not adapt; train it whole with peft.modules_to_save={head}"
-        )
+    chosen = targets.select_linears(config.target_modules, linears)
     saved.paths(config.modules_to_save, sites)
     for site in linears:
         modules = site.hf_modules
@@ -206,11 +194,6 @@ def peft_config(
         for module, rank in zip(site.hf_modules, adapter.ranks, strict=True)
         if rank
     ]
-    leaves = {name.rpartition(".")[2] for name in adapted}
-    linears = targets.linear_sites(model, sites)
-    same_leaves = {
-        m for s in linears for m in s.hf_modules if m.rpartition(".")[2] in leaves
-    }
     modules = set(saved.modules(config.modules_to_save, sites).values())
     return {
         "r": config.r,
@@ -219,7 +202,7 @@ def peft_config(
         "use_rslora": config.use_rslora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": sorted(leaves if same_leaves == set(adapted) else adapted),
+        "target_modules": targets.peft_names(adapted, model, sites),
         "modules_to_save": sorted(modules) or None,
         "bias": "none",
         # PEFT's word for maps that lie the other way round in the base model.

@@ -81,6 +81,49 @@ def select(pattern: str, names: Sequence[str], option: str) -> set[str]:
     return found
 
 
+def select_linears(pattern: str, linears: Sequence[Site]) -> set[str]:
+    """The linear maps that `peft.target_modules` means, by their modules' names.
+
+    Args:
+      pattern: A regex, or `all-linear` for every map but those of the head.
+      linears: The sites of all linear maps' weights.
+
+    Raises:
+      UserError: The regex is broken, matches nothing, or means the output head.
+    """
+    is_all = pattern == ALL_LINEAR
+    # Not every family calls its head so.
+    lm_head = {m for s in linears if s.path == "lm_head.weight" for m in s.hf_modules}
+    names = [m for s in linears if not (is_all and s.head) for m in s.hf_modules]
+    if is_all:
+        names = [m for m in names if m not in lm_head]
+    chosen = select(pattern, names, "peft.target_modules")
+    if lm_head & chosen:
+        head = "".join(lm_head)
+        raise UserError(
+            f"peft.target_modules={pattern!r} means {head}, which this method does not "
+            f"adapt; train it whole with peft.modules_to_save={head}"
+        )
+    return chosen
+
+
+def peft_names(
+    adapted: Sequence[str], model: nnx.Module, sites: Sequence[Site]
+) -> list[str]:
+    """Names of linear maps as PEFT's `target_modules` lists them.
+
+    The last parts alone, `["q_proj", "v_proj"]`, if they mean no other linear map.
+    """
+    leaves = {name.rpartition(".")[2] for name in adapted}
+    same_leaves = {
+        m
+        for s in linear_sites(model, sites)
+        for m in s.hf_modules
+        if m.rpartition(".")[2] in leaves
+    }
+    return sorted(leaves if same_leaves == set(adapted) else adapted)
+
+
 def lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that means `name`, else `default`."""
     return next((v for key, v in patterns.items() if matches(key, name)), default)

@@ -48,5 +48,5 @@ def test_adapters_go_to_peft_and_back(name, get_twins, tmp_path, record_property
 def test_a_head_of_another_name_is_no_target(get_twins):
     twins = get_twins("gpt_neox/parallel")
     config = lora.Config(r=2, target_modules="embed_out|dense")
-    with pytest.raises(UserError, match="means embed_out, which LoRA does not adapt"):
+    with pytest.raises(UserError, match="means embed_out, which this method does not"):
         tiny.build_model(twins.directory, lora, config)
