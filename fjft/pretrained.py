@@ -2,12 +2,14 @@
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -160,10 +162,12 @@ def build_model(
             check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
         config = with_head(files.config, head, num_labels)
         files = dataclasses.replace(files, config=config)
-    if dtype == "auto":
-        dtype = _checkpoint_dtype(files)
     blueprint = draw_model(
-        files, method=method, peft_config=peft_config, dtype=dtype, mesh=mesh
+        files,
+        method=method,
+        peft_config=peft_config,
+        dtype=_most_common_dtype(files) if dtype == "auto" else dtype,
+        mesh=mesh,
     )
     arch, table = blueprint.model.arch, blueprint.sites
     matched = match(
@@ -174,8 +178,18 @@ def build_model(
         may_lack_head=head is not None or getattr(arch, "head", "") == "base",
         other_labels=num_labels is not None,
     )
+    own_dtypes: dict[str, np.dtype] = {}
+    if dtype == "auto":
+        own_dtypes = {n: files.tensors.dtype(s) for n, s in matched.stored.items()}
+        blueprint = _wide_enough(blueprint, own_dtypes)
     provenance = Provenance(
-        files, table, method, peft_config, matched.new, matched.passed_over
+        files,
+        table,
+        method,
+        peft_config,
+        matched.new,
+        matched.passed_over,
+        own_dtypes,
     )
     pretrained = [s for s in table if set(s.hf_names).isdisjoint(matched.new)]
     # Nobody looks at the pooler of a bare model unless asked to.
@@ -227,13 +241,20 @@ def _check_new_is_trained(
         )
 
 
-def _checkpoint_dtype(files: ModelFiles) -> str:
-    names = files.tensors.names
-    sizes: dict[str, int] = {}
-    for name in names:
-        key = str(files.tensors.dtype(name))
-        sizes[key] = sizes.get(key, 0) + 1
-    return max(sizes, key=sizes.__getitem__)
+def _most_common_dtype(files: ModelFiles) -> str:
+    tensors = files.tensors
+    return str(Counter(map(tensors.dtype, tensors.names)).most_common(1)[0][0])
+
+
+def _wide_enough(blueprint: Blueprint, own: Mapping[str, np.dtype]) -> Blueprint:
+    """The same with float32 for what the types given would round."""
+    params = dict(blueprint.params)
+    for site in blueprint.sites:
+        given = params[site.path]
+        needed = {own[name] for name in site.hf_names if name in own}
+        if needed - {given.dtype}:
+            params[site.path] = given.update(dtype=jnp.float32)
+    return dataclasses.replace(blueprint, params=params)
 
 
 def load_model(

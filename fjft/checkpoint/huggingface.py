@@ -39,6 +39,7 @@ class Provenance:
       peft_config: That method's options.
       new: Tensors of the head that the checkpoint lacks; they start from random values.
       passed_over: Tensors of the checkpoint, of another head, that are not used.
+      dtypes: The checkpoint's type of each tensor, where those were asked for.
     """
 
     files: ModelFiles
@@ -47,6 +48,7 @@ class Provenance:
     peft_config: Any
     new: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,8 @@ def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
     Args:
       model: A model without adapters; see `merge_adapter`.
       directory: Made when missing.
-      dtype: Type to store the weights in; each one's own when None.
+      dtype: Type to store the weights in; each one's own when None, which is the
+        checkpoint's if the model was loaded with `dtype="auto"`.
 
     Raises:
       UserError: The model carries an adapter, or there is no space.
@@ -166,8 +169,9 @@ def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
             "the model carries an adapter: write it with save_adapter, or fold it "
             "into the weights with merge_adapter first"
         )
+    own = provenance.dtypes
     tensors = [
-        _out_tensor(name, params[site.path], place, site, dtype)
+        _out_tensor(name, params[site.path], place, site, dtype or own.get(name))
         for site in provenance.sites
         for name, place in site.tensors()
     ]

@@ -122,7 +122,18 @@ def test_beams_equal_transformers(seq2seq, num_beams):
         assert ours(seq2seq.model, prompts, **options) == expected, options
 
 
-def test_beams_of_a_decoder_equal_transformers(get_twins):
+@pytest.mark.parametrize(
+    "case", [f"{name}/{next(iter(cases))}" for name, cases in tiny.CONFIGS.items()]
+)
+def test_beams_of_a_decoder_equal_transformers(case, get_twins):
+    twins = get_twins(case)
+    prompts = make_prompts((3, 14, 1, 9))
+    options = {"num_beams": 3, "length_penalty": 0.7}
+    expected = torch_generate(twins.torch, prompts, side="left", **options)
+    assert ours(twins.model, prompts, stop_token_ids=STOP, **options) == expected
+
+
+def test_options_of_beams_mean_what_they_do_in_transformers(get_twins):
     twins = get_twins("llama/llama3-rope-biases")
     lengths = set()
     for seed, num_beams in ((0, 2), (1, 2), (2, 4)):

@@ -57,6 +57,29 @@ def test_what_was_loaded_is_saved_bit_for_bit(original, tmp_path):
     assert (files[0] > 1) == (files[1] > 1)
 
 
+def test_a_checkpoint_of_mixed_types_is_saved_bit_for_bit(get_twins, tmp_path):
+    twin = tiny.cast(get_twins("llama/linear-rope-tied").torch, "bfloat16")
+    # Of one stack some layers are wider, and one weight is narrower in another way.
+    twin.model.layers[1].input_layernorm.float()
+    twin.model.layers[0].mlp.up_proj.half()
+    twin.model.norm.float()
+    tiny.save_torch(twin, tmp_path / "original")
+    before = _tensors(tmp_path / "original")
+    assert {str(t.dtype) for t in before.values()} == {
+        "torch.float32",
+        "torch.float16",
+        "torch.bfloat16",
+    }
+    model = fjft.load_model(str(tmp_path / "original"), dtype="auto")
+    assert str(model.compute_dtype) == "bfloat16"
+    fjft.save_model(model, tmp_path / "saved")
+    after = _tensors(tmp_path / "saved")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+
+
 def test_what_is_saved_loads_in_transformers_with_the_same_logits(original, tmp_path):
     directory, model = original
     fjft.save_model(fjft.load_model(str(directory), dtype="auto"), tmp_path / "saved")
