@@ -223,6 +223,7 @@ FRESH = [
     for variant in (
         "bert/tanh-gelu",
         "roberta/pad-5",
+        "xlm-roberta/pad-3",
         "electra/factorized",
         "distilbert/relu",
         "albert/one-group",
