@@ -17,7 +17,7 @@ from fjft import sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint.huggingface import Provenance, match
 from fjft.checkpoint.loading import load_params
-from fjft.checkpoint.source import ModelFiles, open_model
+from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
@@ -28,7 +28,7 @@ from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS
 
 
-def find_family(files: ModelFiles) -> types.ModuleType:
+def find_family(files: ModelInfo) -> types.ModuleType:
     """The module of `FAMILIES` that a pretrained model belongs to.
 
     Raises:
@@ -38,14 +38,15 @@ def find_family(files: ModelFiles) -> types.ModuleType:
     return FAMILIES[files.config.model_type]
 
 
-def read_architecture(files: ModelFiles) -> tuple[types.ModuleType, Any]:
+def read_architecture(files: ModelInfo) -> tuple[types.ModuleType, Any]:
     """The family of a pretrained model, and its numbers; no weights are read.
 
     Raises:
       UserError: The model type is unknown, or its config asks for what is not there.
     """
     family = find_family(files)
-    fields = Fields(files.config, files.tensors)
+    tensors = files.tensors if isinstance(files, ModelFiles) else None
+    fields = Fields(files.config, tensors)
     arch = family.architecture(fields)
     fields.close()
     return family, arch
@@ -76,7 +77,7 @@ class Blueprint:
 
 
 def draw_model(
-    files: ModelFiles,
+    files: ModelInfo,
     *,
     method: types.ModuleType | None,
     peft_config: Any,
@@ -166,7 +167,7 @@ def build_model(
         files,
         method=method,
         peft_config=peft_config,
-        dtype=_most_common_dtype(files) if dtype == "auto" else dtype,
+        dtype=most_common_dtype(files) if dtype == "auto" else dtype,
         mesh=mesh,
     )
     arch, table = blueprint.model.arch, blueprint.sites
@@ -241,9 +242,21 @@ def _check_new_is_trained(
         )
 
 
-def _most_common_dtype(files: ModelFiles) -> str:
-    tensors = files.tensors
-    return str(Counter(map(tensors.dtype, tensors.names)).most_common(1)[0][0])
+def most_common_dtype(files: ModelInfo) -> str:
+    """The type that most of a model's weights are stored in.
+
+    Raises:
+      UserError: There are no weights, and the config does not say it.
+    """
+    if isinstance(files, ModelFiles):
+        tensors = files.tensors
+        return str(Counter(map(tensors.dtype, tensors.names)).most_common(1)[0][0])
+    if files.config.dtype is None:
+        raise UserError(
+            f"the config of {files.source} does not say of which type its weights are; "
+            f"set model.dtype to one of {DTYPES[:-1]}"
+        )
+    return str(files.config.dtype).removeprefix("torch.")
 
 
 def _wide_enough(blueprint: Blueprint, own: Mapping[str, np.dtype]) -> Blueprint:

@@ -35,6 +35,9 @@ HUB_PATTERNS = [
     "sentencepiece*.model",
 ]
 
+# What is said of it.
+INFO_PATTERNS = ["config.json", "generation_config.json"]
+
 # Only where a repository has no safetensors: older ones hold these instead.
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -71,14 +74,13 @@ class TensorSource(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFiles:
-    """A pretrained model on disk; nothing big is read until asked for.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """All that is said of a pretrained model: everything but its weights.
 
     Attributes:
       source: The source as the user wrote it.
       origin: The directory or the GGUF file that it led to.
-      tensors: The weights.
       config: The model's transformers config.
       config_dict: What the config was built from: config.json as written, so that a
         key the file leaves out (and transformers fills in) can be told apart.
@@ -88,11 +90,21 @@ class ModelFiles:
 
     source: str
     origin: Path
-    tensors: TensorSource
     config: "PretrainedConfig"
     config_dict: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
     load_tokenizer: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFiles(ModelInfo):
+    """A pretrained model on disk; nothing big is read until asked for.
+
+    Attributes:
+      tensors: The weights.
+    """
+
+    tensors: TensorSource
 
 
 def open_model(source: str, revision: str | None = None) -> ModelFiles:
@@ -106,9 +118,38 @@ def open_model(source: str, revision: str | None = None) -> ModelFiles:
     Raises:
       UserError: Nothing there, no config, or weights that cannot be read.
     """
-    path = _locate(source, revision)
+    return _open(source, _locate(source, lambda: _download_model(source, revision)))
+
+
+def _open(source: str, path: Path) -> ModelFiles:
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(source, path)
+    info = _open_info(source, path)
+    return ModelFiles(**vars(info), tensors=_open_weights(path))
+
+
+def open_info(source: str, revision: str | None = None) -> ModelInfo:
+    """Opens a model as `open_model` does, but does without its weights.
+
+    Of a model on the hub only its configs are fetched. What is at hand of the weights
+    is opened all the same: some families look at which tensors there are.
+
+    Raises:
+      UserError: Nothing there, or no config.
+    """
+
+    def fetch() -> Path:
+        return _download(source, revision, INFO_PATTERNS)
+
+    path = _locate(source, fetch)
+    has_weights = path.is_file() or any(
+        any(path.glob(pattern)) for pattern in ("*.safetensors", *BIN_PATTERNS)
+    )
+    return _open(source, path) if has_weights else _open_info(source, path)
+
+
+def _open_info(source: str, path: Path) -> ModelInfo:
+    """A Hugging Face directory, or a file in it, without its weights."""
     if path.is_file() and path.suffix not in (".safetensors", ".bin"):
         raise UserError(
             f"{str(path)!r} is no model: name a directory, a .safetensors file, a "
@@ -120,10 +161,9 @@ def open_model(source: str, revision: str | None = None) -> ModelFiles:
         ggufs = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"name the file {ggufs[0]}" if ggufs else "add the model's config.json"
         raise UserError(f"{directory} has no config.json; {hint}")
-    return ModelFiles(
+    return ModelInfo(
         source=source,
         origin=directory,
-        tensors=_open_weights(path),
         config=_load_config(directory),
         config_dict=config_dict,
         generation_config=_read_json(directory / "generation_config.json"),
@@ -159,7 +199,7 @@ def _open_gguf(source: str, path: Path) -> ModelFiles:
     )
 
 
-def _locate(source: str, revision: str | None) -> Path:
+def _locate(source: str, download: Callable[[], Path]) -> Path:
     if is_package(source):
         found = resolve_package(source)
         if len(found) > 1:
@@ -178,10 +218,17 @@ def _locate(source: str, revision: str | None) -> Path:
             f"no file or directory {source!r}; give an existing path, "
             f"package:NAME/path, or a hub id such as org/name"
         )
-    return _download(source, revision)
+    return download()
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _download_model(source: str, revision: str | None) -> Path:
+    directory = _download(source, revision, HUB_PATTERNS)
+    if not any(directory.glob("*.safetensors")):
+        _download(source, revision, [*HUB_PATTERNS, *BIN_PATTERNS])
+    return directory
+
+
+def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -193,13 +240,9 @@ def _download(source: str, revision: str | None) -> Path:
 
     # Each arm of an error names what the user can do about it.
     try:
-        directory = Path(
-            snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS)
-        )
-        if not any(directory.glob("*.safetensors")):
-            patterns = [*HUB_PATTERNS, *BIN_PATTERNS]
+        return Path(
             snapshot_download(source, revision=revision, allow_patterns=patterns)
-        return directory
+        )
     except GatedRepoError as error:
         reason: str = "is gated: accept its terms on its page and run `hf auth login`"
         cause: Exception = error

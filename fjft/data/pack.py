@@ -114,6 +114,17 @@ def choose_buckets(max_length: int, longest: int, buckets: Sequence[int]) -> lis
     return list(buckets)
 
 
+def empty_batch(batch_size: int, length: int) -> Batch:
+    """A batch that is padding only: int32 [B, T] arrays by name."""
+    shape = (batch_size, length)
+    return {
+        "input_ids": np.zeros(shape, np.int32),
+        "labels": np.full(shape, IGNORED, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+    }
+
+
 class Rows:
     """Examples laid out in rows: packed, or one to a row.
 
@@ -171,15 +182,9 @@ class Rows:
           length: T, at least as long as each of the rows.
 
         Returns:
-          int32 [B, T] arrays `input_ids`, `labels`, `positions` and `segment_ids`.
+          What `empty_batch` has.
         """
-        shape = (batch_size, length)
-        batch = {
-            "input_ids": np.zeros(shape, np.int32),
-            "labels": np.full(shape, IGNORED, np.int32),
-            "positions": np.zeros(shape, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-        }
+        batch = empty_batch(batch_size, length)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,40 +18,27 @@ from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.evaluate.perplexity import evaluate_sums
-from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.pretrained import build_model
 from fjft.training import step as steps
+from fjft.training.program import Program, build_program
 from fjft.training.state import TrainState, init_state
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything the loop turns.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Program):
+    """Everything the loop turns: a program, and what it runs on.
 
     Attributes:
-      graphdef: The model's structure.
+      graphdef: The model's structure, with the files that it came from.
       frozen: The parameters that are only read.
-      train_step: `(state, frozen, batch) -> (state, metrics)`, compiled when called.
-      eval_step: `(params, frozen, batch) -> sums`.
       loader: Training batches.
       eval_loader: Held-out batches, or None.
-      schedule: Step -> learning rate.
-      total_steps: Optimizer steps of the whole run.
-      num_trainable: Scalars that are trained.
-      flops_per_token: Model FLOPs of training on one token.
     """
 
     graphdef: nnx.GraphDef
     frozen: tree.Params
-    train_step: Callable
-    eval_step: Callable
     loader: Loader
     eval_loader: Loader | None
-    schedule: Callable[[Any], Any]
-    total_steps: int
-    num_trainable: int
-    flops_per_token: float
-    mesh: Mesh
 
     def batches(self) -> Iterator[steps.Batch]:
         """Training batches from where the loader stands, on the devices."""
@@ -119,6 +105,7 @@ def build_run(
     if total_steps < 1:
         raise UserError("train.max_steps and train.num_epochs ask for no step at all")
 
+    program = build_program(e, mesh, files, total_steps)
     model = build_model(
         files,
         method=e.method,
@@ -127,41 +114,16 @@ def build_run(
         mesh=mesh,
         seed=e.train.seed,
     )
-    table = model.provenance.sites
     graphdef, params = tree.split(model)
-    trainable, frozen = tree.partition(params, e.method.is_trainable(e.peft, table))
-    axes = tree.logical_axes(model)
-    optimizer = make_optimizer(
-        e.optimizer,
-        total_steps,
-        stack_axes={path: _stack_axes(axes[path]) for path in trainable},
-        muon_mask={path: "vocab" not in axes[path] for path in trainable},
-    )
-    state = init_state(trainable, optimizer, e.train.seed)
-    loss = make_loss(e)
-    train_step = steps.make_train_step(
-        graphdef,
-        loss,
-        optimizer,
-        accumulation_steps=accumulation,
-        max_grad_norm=e.optimizer.max_grad_norm,
-    )
+    trainable, frozen = tree.partition(params, program.state_shapes.params.__contains__)
     run = Run(
+        **vars(program),
         graphdef=graphdef,
         frozen=frozen,
-        train_step=steps.jit_train_step(train_step, state, mesh),
-        eval_step=jax.jit(steps.make_eval_step(graphdef, loss)),
         loader=loader,
         eval_loader=eval_loader,
-        schedule=make_schedule(e.optimizer, total_steps),
-        total_steps=total_steps,
-        num_trainable=e.method.num_trainable(model, table, e.peft),
-        flops_per_token=_flops_per_token(
-            trainable, frozen, axes, getattr(model.arch, "experts", None)
-        ),
-        mesh=mesh,
     )
-    return run, state
+    return run, init_state(trainable, program.optimizer, e.train.seed)
 
 
 def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
@@ -179,52 +141,3 @@ def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def make_loss(e: Experiment) -> steps.Loss:
-    """Makes the objective's `(model, batch, rng) -> sums`; rng None is evaluation."""
-
-    def loss(model: Any, batch: steps.Batch, rng: jax.Array | None) -> Any:
-        remat = e.model.remat if rng is not None else "none"
-        return e.objective_module.loss(model, batch, e.objective, rng=rng, remat=remat)
-
-    return loss
-
-
-def _stack_axes(axes: tuple[str | None, ...]) -> int:
-    """How many leading axes only lay matrices side by side."""
-    return axes.count("layers") + axes.count("expert")
-
-
-def _flops_per_token(
-    trainable: tree.Params,
-    frozen: tree.Params,
-    axes: dict[str, tuple[str | None, ...]],
-    experts: Any,
-) -> float:
-    """Model FLOPs of one token's matrix products, forward and backward.
-
-    Two per weight forward, two for the gradient of its input, and two more for its own
-    gradient where it is trained. Of routed experts only those that a token goes to
-    count. Attention's own products are left out, as is what the backward pass
-    recomputes, so the utilization worked out from it is a lower bound.
-    """
-
-    def matrix_size(params: tree.Params) -> float:
-        return sum(
-            math.prod(p.shape) * _share(path)
-            for path, p in params.items()
-            if _is_matrix(path, params)
-        )
-
-    def _share(path: str) -> float:
-        return experts.per_token / experts.count if "expert" in axes[path] else 1.0
-
-    def _is_matrix(path: str, params: tree.Params) -> bool:
-        looked_up = path == "embedding.weight" and any(
-            p.startswith("lm_head.") for p in (*trainable, *frozen)
-        )
-        looked_up |= "positions" in axes[path]
-        return not looked_up and jnp.ndim(params[path]) >= 2
-
-    return 6.0 * matrix_size(trainable) + 4.0 * matrix_size(frozen)

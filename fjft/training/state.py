@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fjft import tree
 
@@ -31,40 +32,57 @@ class TrainState:
 def init_state(
     params: tree.Params, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """The state before the first step; moments lie as their parameters do."""
-    sharding = next(iter(params.values())).sharding
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    shardings = {path: p.sharding for path, p in params.items()}
-    opt_state = jax.jit(
-        optimizer.init,
-        out_shardings=optimizer_shardings(optimizer, params, shardings, everywhere),
-    )(params)
+    """The state before the first step, lying as `abstract_state` says."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
+        for path, p in params.items()
+    }
+    abstract = abstract_state(shapes, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    key = jax.random.key_data(jax.random.key(seed))
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
         params=params,
-        opt_state=opt_state,
-        rng=jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+        rng=jax.device_put(key, shardings.rng),
     )
 
 
-def optimizer_shardings(
+def abstract_state(
+    params: dict[str, jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shape, dtype and sharding of each array of a state."""
+    sharding = next(iter(params.values())).sharding
+    assert isinstance(sharding, NamedSharding)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes: dict[str, Any] = {
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        "params": params,
+        "opt_state": _abstract_opt_state(params, optimizer, everywhere),
+        "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+    }
+    return TrainState(**shapes)
+
+
+def _abstract_opt_state(
+    params: dict[str, jax.ShapeDtypeStruct],
     optimizer: optax.GradientTransformation,
-    params: tree.Params,
-    shardings: dict[str, Any],
-    everywhere: jax.sharding.NamedSharding,
+    everywhere: NamedSharding,
 ) -> Any:
-    """How each of the optimizer's arrays lies.
+    """The optimizer's arrays.
 
     A moment of a parameter's shape lies as the parameter does; anything smaller
     (counts, factored moments) is on every device.
     """
-    abstract = jax.eval_shape(optimizer.init, params)
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [str(getattr(key, "key", "")) for key in path]
         owner = next((n for n in reversed(names) if n in params), None)
+        sharding = everywhere
         if owner is not None and params[owner].shape == leaf.shape:
-            return shardings[owner]
-        return everywhere
+            sharding = params[owner].sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    shapes = jax.eval_shape(optimizer.init, params)
+    return jax.tree_util.tree_map_with_path(place, shapes)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
-from fjft.checkpoint.source import open_model
+from fjft.checkpoint.source import ModelFiles, open_info, open_model
 from fjft.errors import UserError
 
 
@@ -131,3 +131,34 @@ def test_config_dict_is_what_the_file_says(directory):
     (directory / "config.json").write_text(json.dumps(content))
     model = open_model(str(directory))
     assert "rms_norm_eps" not in model.config_dict  # though the config has a default
+
+
+def test_a_config_alone_is_enough_to_be_told_of_a_model(directory):
+    assert isinstance(open_info(str(directory)), ModelFiles)
+    (directory / "model.safetensors").unlink()
+    info = open_info(str(directory))
+    assert not isinstance(info, ModelFiles)
+    assert info.config.hidden_size == 16
+    with pytest.raises(UserError, match="safetensors"):
+        open_model(str(directory))
+    (directory / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        open_info(str(directory))
+
+
+def test_nothing_big_is_fetched_to_be_told_of_a_model(directory, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    (directory / "model.safetensors").unlink()
+    asked = {}
+
+    def snapshot_download(name, **arguments):
+        asked.update(arguments)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_info("org/name").source == "org/name"
+    there = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    patterns = asked["allow_patterns"]
+    assert list(filter_repo_objects(there, allow_patterns=patterns)) == ["config.json"]

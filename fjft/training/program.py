@@ -1,0 +1,173 @@
+"""A config's train step from shapes alone: what it computes, on what, lying where.
+
+Nothing here has numbers, so a step can be compiled for devices that are not there.
+`run.py` fills it with weights and data.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fjft import sharding, tree
+from fjft.build import Experiment
+from fjft.checkpoint.source import ModelInfo
+from fjft.data.pack import empty_batch
+from fjft.optimize.optimizer import make_optimizer, make_schedule
+from fjft.pretrained import Blueprint, draw_model, most_common_dtype
+from fjft.training import step as steps
+from fjft.training.state import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """Everything about a run but its numbers.
+
+    Attributes:
+      blueprint: The model with its adapters.
+      state_shapes: Shape, dtype and sharding of each array that a step changes.
+      frozen_shapes: The same of each parameter that is only read.
+      optimizer: What turns gradients into updates.
+      train_step: `(state, frozen, batch) -> (state, metrics)`, compiled when called.
+      eval_step: `(params, frozen, batch) -> sums`.
+      schedule: Step -> learning rate.
+      total_steps: Optimizer steps of the whole run.
+      num_trainable: Scalars that are trained.
+      flops_per_token: Model FLOPs of training on one token.
+      batch_size: Rows of a batch.
+      mesh: Where everything lies.
+    """
+
+    blueprint: Blueprint
+    state_shapes: TrainState
+    frozen_shapes: dict[str, jax.ShapeDtypeStruct]
+    optimizer: optax.GradientTransformation
+    train_step: Any
+    eval_step: Any
+    schedule: Callable[[Any], Any]
+    total_steps: int
+    num_trainable: int
+    flops_per_token: float
+    batch_size: int
+    mesh: Mesh
+
+    def batch_shapes(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of a batch whose rows have `length` tokens."""
+        rows = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+            for name, array in empty_batch(self.batch_size, length).items()
+        }
+
+
+def build_program(
+    experiment: Experiment, mesh: Mesh, files: ModelInfo, total_steps: int
+) -> Program:
+    """Draws a run's model and makes its steps; nothing is loaded or compiled.
+
+    Args:
+      experiment: The config.
+      mesh: Where everything would lie; its devices need not be there.
+      files: The pretrained model; its weights are not read.
+      total_steps: Optimizer steps of the whole run.
+
+    Raises:
+      UserError: The model cannot be trained so, or does not fit the mesh.
+    """
+    e = experiment
+    sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
+    blueprint = draw_model(
+        files,
+        method=e.method,
+        peft_config=e.peft,
+        dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,
+        mesh=mesh,
+    )
+    is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
+    trainable, frozen = tree.partition(blueprint.params, is_trainable)
+    axes = tree.logical_axes(blueprint.model)
+    optimizer = make_optimizer(
+        e.optimizer,
+        total_steps,
+        stack_axes={path: _stack_axes(axes[path]) for path in trainable},
+        muon_mask={path: "vocab" not in axes[path] for path in trainable},
+    )
+    state = abstract_state(trainable, optimizer)
+    loss = _make_loss(e)
+    train_step = steps.make_train_step(
+        blueprint.graphdef,
+        loss,
+        optimizer,
+        accumulation_steps=e.train.accumulation_steps,
+        max_grad_norm=e.optimizer.max_grad_norm,
+    )
+    return Program(
+        blueprint=blueprint,
+        state_shapes=state,
+        frozen_shapes=frozen,
+        optimizer=optimizer,
+        train_step=steps.jit_train_step(train_step, state, mesh),
+        eval_step=jax.jit(steps.make_eval_step(blueprint.graphdef, loss)),
+        schedule=make_schedule(e.optimizer, total_steps),
+        total_steps=total_steps,
+        num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),
+        flops_per_token=_flops_per_token(
+            trainable, frozen, axes, getattr(blueprint.model.arch, "experts", None)
+        ),
+        batch_size=e.train.batch_size,
+        mesh=mesh,
+    )
+
+
+def _make_loss(e: Experiment) -> steps.Loss:
+    """Makes the objective's `(model, batch, rng) -> sums`; rng None is evaluation."""
+
+    def loss(model: Any, batch: steps.Batch, rng: jax.Array | None) -> Any:
+        remat = e.model.remat if rng is not None else "none"
+        return e.objective_module.loss(model, batch, e.objective, rng=rng, remat=remat)
+
+    return loss
+
+
+def _stack_axes(axes: tuple[str | None, ...]) -> int:
+    """How many leading axes only lay matrices side by side."""
+    return axes.count("layers") + axes.count("expert")
+
+
+def _flops_per_token(
+    trainable: tree.Params,
+    frozen: tree.Params,
+    axes: dict[str, tuple[str | None, ...]],
+    experts: Any,
+) -> float:
+    """Model FLOPs of one token's matrix products, forward and backward.
+
+    Two per weight forward, two for the gradient of its input, and two more for its own
+    gradient where it is trained. Of routed experts only those that a token goes to
+    count. Attention's own products are left out, as is what the backward pass
+    recomputes, so the utilization worked out from it is a lower bound.
+    """
+
+    def matrix_size(params: tree.Params) -> float:
+        return sum(
+            math.prod(p.shape) * _share(path)
+            for path, p in params.items()
+            if _is_matrix(path, params)
+        )
+
+    def _share(path: str) -> float:
+        return experts.per_token / experts.count if "expert" in axes[path] else 1.0
+
+    def _is_matrix(path: str, params: tree.Params) -> bool:
+        looked_up = path == "embedding.weight" and any(
+            p.startswith("lm_head.") for p in (*trainable, *frozen)
+        )
+        looked_up |= "positions" in axes[path]
+        return not looked_up and jnp.ndim(params[path]) >= 2
+
+    return 6.0 * matrix_size(trainable) + 4.0 * matrix_size(frozen)
