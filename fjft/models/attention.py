@@ -4,43 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-
-def attention_mask(
-    q_positions_BT: Int[Array, "B T"],
-    q_segments_BT: Int[Array, "B T"],
-    kv_positions_BS: Int[Array, "B S"],
-    kv_segments_BS: Int[Array, "B S"],
-    *,
-    window: int | None,
-    causal: bool = True,
-) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: those of its own segment, if causal not later ones.
-
-    Positions restart in every segment and segment 0 is padding, so the same rule holds
-    for packed rows, padded rows and a cache that is partly filled.
-
-    Args:
-      window: Sees only positions less than `window` away; None sees all.
-      causal: Whether later positions are hidden.
-    """
-    q_pos, kv_pos = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
-    q_seg, kv_seg = q_segments_BT[:, :, None], kv_segments_BS[:, None, :]
-    mask = (q_seg == kv_seg) & (kv_seg != 0)
-    if causal:
-        mask &= kv_pos <= q_pos
-    if window is not None:
-        distance = q_pos - kv_pos
-        mask &= (distance if causal else jnp.abs(distance)) < window
-    return mask
+from fjft.models.mask import Mask
+from fjft.models.splash import splash_attention
 
 
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
+    mask: Mask,
     *,
     scale: float,
     softcap: float | None = None,
@@ -50,21 +24,35 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
-    Scores exist for one call only: the backward pass works them out again.
-    Query head n reads key head n // (N / K), and keys are never repeated in memory. A
-    query that sees no key (padding) gets the mean of all values, which nobody reads.
+    TPUs have a kernel for tokens that see their own rows, without biases or dropout;
+    everything else is written out below, for the compiler. Scores exist for one call
+    only: the backward pass works them out again. Query head n reads key head
+    n // (N / K), and keys are never repeated in memory. What a query that is padding
+    gets is nobody's business: it has no meaning, and no gradient must come of it.
 
     Args:
+      mask: Which keys each query sees.
       scale: What scores are multiplied by.
       softcap: Scores are bent into (-softcap, softcap) by a tanh; None leaves them.
       bias_BNTS: Added to the scores after that, such as T5's relative positions.
       dropout: Share of the probabilities that is dropped; scores are kept then.
       rng: Turns that on.
     """
-    if dropout and rng is not None:
-        arguments = q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale, softcap
+    drops = dropout > 0 and rng is not None
+    if _is_tpu() and mask.keys is None and bias_BNTS is None and not drops:
+        return splash_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap
+        )
+    if drops:
+        arguments = q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap
         return _attention_with_dropout(*arguments, dropout, rng)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale, softcap)
+    return _attention(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap)
+
+
+def _is_tpu() -> bool:
+    """Whether what is traced will run on TPUs, which need not be this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -177,12 +165,12 @@ def _ungroup_scores(x_BKMS: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x_BKMS.reshape(B, N, T, x_BKMS.shape[-1])
 
 
-def _group_mask(mask_BTS: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, T, S] to [B, K, G * T, S]."""
+def _group_mask(mask: Mask, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Bool[B, K, G * T, S]."""
     B, T, N, _ = q.shape
     K, S = k.shape[2], k.shape[1]
     shape = (B, K, N // K, T, S)
-    return jnp.broadcast_to(mask_BTS[:, None, None], shape).reshape(B, K, -1, S)
+    return jnp.broadcast_to(mask.dense()[:, None, None], shape).reshape(B, K, -1, S)
 
 
 def _group_bias(bias_BNTS: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:

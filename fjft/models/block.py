@@ -19,6 +19,7 @@ from fjft.models.layers import (
     RMSNorm,
     dropout,
 )
+from fjft.models.mask import Mask
 from fjft.models.moe import Experts, Load, SparseMLP
 from fjft.models.rope import Rope, Rotation, rotate
 from fjft.sharding import constrain
@@ -126,7 +127,7 @@ class View:
       is_real: Which of the new tokens are not padding, Bool[B, T].
     """
 
-    masks: dict[int | None, Bool[Array, "B T S"]]
+    masks: dict[int | None, Mask]
     rotations: dict[Rope, Rotation]
     is_real: Bool[Array, "B T"]
 

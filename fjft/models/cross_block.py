@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.attention import attention
 from fjft.models.cache import Cache
@@ -17,6 +17,7 @@ from fjft.models.layers import (
     RMSNorm,
     dropout,
 )
+from fjft.models.mask import Mask
 from fjft.sharding import constrain
 
 
@@ -141,9 +142,9 @@ class View:
       source_mask: Which tokens of the encoder it sees.
     """
 
-    mask: Bool[Array, "B T S"]
+    mask: Mask
     bias: Float[Array, "B N T S"] | None
-    source_mask: Bool[Array, "B T E"] | None
+    source_mask: Mask | None
 
 
 class Attention(nnx.Module):
@@ -175,7 +176,7 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         keys_values: tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]],
-        mask: Bool[Array, "B T S"],
+        mask: Mask,
         bias: Float[Array, "B N T S"] | None,
         rng: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:

@@ -15,7 +15,7 @@ from fjft.errors import UserError
 from fjft.models import encoder_head, heads
 from fjft.models.bert import embedding_rows
 from fjft.models.deberta_attention import Convolution, DebertaArchitecture, DebertaBlock
-from fjft.models.encoder import Encoder, full_mask, named_rows
+from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Dropout
 from fjft.models.encoder_head import Plan
 from fjft.models.fields import Fields
@@ -27,6 +27,7 @@ from fjft.models.layers import (
     Maker,
     Stack,
 )
+from fjft.models.mask import full_mask
 from fjft.models.weights import Row, linear_rows, norm_rows
 
 __all__ = ["HEADS", "MODEL", "architecture", "rows"]

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.attention import attention
 from fjft.models.encoder_block import Architecture, Block, SelfAttention
 from fjft.models.layers import ACTIVATIONS, LayerNorm, Linear, Maker, normal
+from fjft.models.mask import Mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class DebertaArchitecture(Architecture):
     conv_activation: str
 
 
-Context = tuple[Bool[Array, "B T T"], Float[Array, "R D"] | None]
+Context = tuple[Mask, Float[Array, "R D"] | None]
 
 
 class DisentangledAttention(SelfAttention):

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
 from fjft.models import rope
-from fjft.models.attention import attention_mask
 from fjft.models.block import Architecture, Block, View, make_norm
 from fjft.models.cache import Cache, init_cache
 from fjft.models.layers import (
@@ -20,6 +19,7 @@ from fjft.models.layers import (
     Stack,
     dropout,
 )
+from fjft.models.mask import Mask, Places
 from fjft.models.moe import Load, balance_loss, no_load
 from fjft.sharding import constrain
 
@@ -211,27 +211,22 @@ class Decoder(nnx.Module):
         lengths_B: jax.Array | None,
     ) -> View:
         """The masks and rotations of all kinds of layers."""
-        kv_positions, kv_segments = positions_BT, segment_ids_BT
+        queries, keys = Places(positions_BT, segment_ids_BT), None
         if cache is not None:
-            kv_positions, kv_segments = cache.positions, cache.segment_ids
+            keys = Places(cache.positions, cache.segment_ids)
         kinds = self.arch.kinds
         ropes = [r for r in dict.fromkeys(k.rope for k in kinds) if r is not None]
         lengths_BT = None
         if any(r.beyond is not None for r in ropes):
+            seen = queries if keys is None else keys
             lengths_BT = rope.sequence_lengths(
-                segment_ids_BT, kv_positions, kv_segments
+                segment_ids_BT, seen.positions, seen.segments
             )
             if lengths_B is not None:
                 lengths_BT = jnp.maximum(lengths_BT, lengths_B[:, None])
         return View(
             masks={
-                window: attention_mask(
-                    positions_BT,
-                    segment_ids_BT,
-                    kv_positions,
-                    kv_segments,
-                    window=window,
-                )
+                window: Mask(queries, keys, window=window, causal=True)
                 for window in dict.fromkeys(kind.window for kind in kinds)
             },
             rotations={r: rope.rotation(positions_BT, r, lengths_BT) for r in ropes},

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
-from fjft.models.attention import attention_mask
 from fjft.models.encoder_block import Architecture, Block, Embeddings
 from fjft.models.encoder_head import Head
 from fjft.models.layers import REMAT_POLICIES, Maker, Stack
+from fjft.models.mask import full_mask
 from fjft.models.pooling import pool
 from fjft.models.weights import Row
 from fjft.sharding import constrain
@@ -160,11 +160,11 @@ class Encoder(nnx.Module):
           rng: Turns dropout on where there is any.
           remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
         """
-        mask_BTS = full_mask(segment_ids_BT)
+        mask = full_mask(segment_ids_BT)
 
         def body(block, x, layer):
             key = None if rng is None else jax.random.fold_in(rng, layer)
-            return block(x, mask_BTS, key)
+            return block(x, mask, key)
 
         return self.layers.scan(body, x_BTD, REMAT_POLICIES[remat])
 
@@ -197,12 +197,6 @@ def restarting_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]
     before = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     start = jnp.where(segment_ids_BT != before, index, 0)
     return index - jax.lax.cummax(start, axis=1)
-
-
-def full_mask(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Each token sees all tokens of its own segment."""
-    where = segment_ids_BT, segment_ids_BT
-    return attention_mask(*where, *where, window=None, causal=False)
 
 
 def named_rows(arch: Architecture, rows: Iterable[Row]) -> tuple[Row, ...]:

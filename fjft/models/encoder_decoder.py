@@ -9,7 +9,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
-from fjft.models.attention import attention_mask
 from fjft.models.cache import Cache, init_cache
 from fjft.models.cross_block import Architecture, Block, View, make_norm
 from fjft.models.encoder import restarting_positions
@@ -21,6 +20,7 @@ from fjft.models.layers import (
     Stack,
     dropout,
 )
+from fjft.models.mask import Mask, Places
 from fjft.models.positions import RelativeBias, sinusoids
 from fjft.sharding import constrain
 
@@ -142,23 +142,20 @@ class Half(nnx.Module):
         cache: EncoderDecoderCache | None,
         tokens: Cache | None,
     ) -> View:
-        kv = (positions, segments)
+        queries, keys = Places(positions, segments), None
         if tokens is not None:
-            kv = tokens.positions, tokens.segment_ids
-        mask = attention_mask(
-            positions, segments, *kv, window=None, causal=self.is_decoder
-        )
+            keys = Places(tokens.positions, tokens.segment_ids)
+        mask = Mask(queries, keys, causal=self.is_decoder)
         bias = source_mask = None
         if self.relative_bias is not None:
-            bias = self.relative_bias(positions, kv[0])
+            seen = queries if keys is None else keys
+            bias = self.relative_bias(positions, seen.positions)
         if self.is_decoder:
             seen = memory or (cache and cache.source)
             if seen is None:
                 raise UserError("the decoder needs what it decodes: memory= or cache=")
-            ids = seen.segment_ids
-            source_mask = attention_mask(
-                positions, segments, ids, ids, window=None, causal=False
-            )
+            source = Places(seen.segment_ids, seen.segment_ids)
+            source_mask = Mask(queries, source, causal=False)
         return View(mask, bias, source_mask)
 
     def _position_vectors(

@@ -8,10 +8,10 @@ import math
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fjft.models import encoder_head, heads, rope
-from fjft.models.attention import attention, attention_mask
+from fjft.models.attention import attention
 from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Architecture, Dropout
 from fjft.models.encoder_head import Plan
@@ -24,6 +24,7 @@ from fjft.models.layers import (
     Maker,
     Stack,
 )
+from fjft.models.mask import Mask, Places
 from fjft.models.weights import Row, linear_rows, norm_rows
 from fjft.sharding import constrain
 
@@ -68,7 +69,7 @@ class ModernBertArchitecture(Architecture):
 
 
 # By whether attention is local: which keys are seen, and how positions turn.
-Context = dict[bool, tuple[Bool[Array, "B T T"], rope.Rotation]]
+Context = dict[bool, tuple[Mask, rope.Rotation]]
 
 
 class Block(nnx.Module):
@@ -162,15 +163,12 @@ class ModernBert(Encoder):
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
         """All layers and the last norm; see `Encoder.backbone`."""
-        where = positions_BT, segment_ids_BT
-        lengths = rope.sequence_lengths(segment_ids_BT, *where)
+        where = Places(positions_BT, segment_ids_BT)
+        lengths = rope.sequence_lengths(segment_ids_BT, positions_BT, segment_ids_BT)
         context = {
             is_local: (
-                attention_mask(
-                    *where,
-                    *where,
-                    window=self.arch.window if is_local else None,
-                    causal=False,
+                Mask(
+                    where, window=self.arch.window if is_local else None, causal=False
                 ),
                 rope.rotation(positions_BT, turning, lengths),
             )

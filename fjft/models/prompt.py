@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fjft.models.attention import SHARED
 from fjft.models.cache import Cache
+from fjft.models.mask import SHARED
 
 
 class Prompt(Protocol):

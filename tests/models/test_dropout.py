@@ -7,6 +7,7 @@ import pytest
 
 from fjft.models.attention import attention
 from fjft.models.layers import dropout
+from fjft.models.mask import Mask, Places
 
 RATE = 0.3
 
@@ -29,7 +30,8 @@ def test_attention_drops_probabilities_and_keeps_their_mean():
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 5, 4, 8))
     k, v = (jax.random.normal(key, (2, 5, 2, 8)) for key in keys[1:])
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool))[None], (2, 5, 5))
+    positions = jnp.broadcast_to(jnp.arange(5)[None], (2, 5))
+    mask = Mask(Places(positions, jnp.ones_like(positions)), causal=True)
     plain = attention(q, k, v, mask, scale=0.3)
 
     @jax.jit

@@ -1,0 +1,148 @@
+"""Every way to attention gives what torch gives, forward and backward."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from fjft import sharding
+from fjft.models import splash
+from fjft.models.attention import attention
+from fjft.models.mask import Mask, Places
+
+
+class Case(NamedTuple):
+    """Sizes, and what bends the scores."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    scale: float = 0.3
+    mesh: sharding.Config | None = None
+
+
+CASES = {
+    "grouped": Case(B=2, T=200, N=4, K=2, H=16, causal=True),
+    "window-softcap": Case(
+        B=1, T=300, N=2, K=1, H=8, causal=True, window=70, softcap=2.0
+    ),
+    "both-ways-window": Case(B=1, T=256, N=2, K=2, H=8, causal=False, window=33),
+    "fewer-kv-heads-than-devices": Case(
+        B=2, T=128, N=4, K=2, H=8, causal=True, mesh=sharding.Config(fsdp=2, tensor=4)
+    ),
+    "heads-that-do-not-divide": Case(
+        B=2, T=128, N=3, K=3, H=8, causal=False, mesh=sharding.Config(fsdp=2, tensor=2)
+    ),
+}
+
+
+def _rows(B, T):
+    """Two segments and padding in each row, cut at odd places."""
+    cuts = np.sort(np.random.default_rng(B).integers(T // 4, T, (B, 2)), axis=1)
+    index = np.arange(T)[None]
+    second = index >= cuts[:, :1]
+    segments = np.where(index < cuts[:, 1:], 1 + second, 0).astype(np.int32)
+    return (index - second * cuts[:, :1]).astype(np.int32), segments
+
+
+def _inputs(case):
+    rng = np.random.default_rng(0)
+    shapes = [(case.B, case.T, n, case.H) for n in (case.N, case.K, case.K, case.N)]
+    q, k, v, weights = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+    positions, segments = _rows(case.B, case.T)
+    # What padding gets is nobody's business.
+    return (q, k, v), weights * (segments != 0)[..., None, None], (positions, segments)
+
+
+def _by_torch(case):
+    """Loss and gradients from scores that are written out, in float64."""
+    arrays, weights, (positions, segments) = _inputs(case)
+    q, k, v = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays)
+    keys, values = (x.repeat_interleave(case.N // case.K, dim=2) for x in (k, v))
+    scores = torch.einsum("btnh,bsnh->bnts", q, keys) * case.scale
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    distance = positions[:, :, None] - positions[:, None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None]
+    if case.causal:
+        seen &= distance >= 0
+    if case.window is not None:
+        seen &= np.abs(distance) < case.window
+    scores = scores.masked_fill(~torch.tensor(seen)[:, None], torch.finfo().min)
+    out = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), values)
+    loss = (out * torch.tensor(weights)).sum()
+    grads = torch.autograd.grad(loss, (q, k, v))
+    return [x.detach().numpy() for x in (loss, *grads)]
+
+
+def _by_jax(case, attend):
+    arrays, weights, places = _inputs(case)
+    mask = Mask(
+        Places(*map(jnp.asarray, places)), window=case.window, causal=case.causal
+    )
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def loss(q, k, v):
+        out = attend(q, k, v, mask, scale=case.scale, softcap=case.softcap)
+        return jnp.sum(out * weights)
+
+    value, grads = loss(*map(jnp.asarray, arrays))
+    return [np.asarray(x) for x in (value, *grads)]
+
+
+@pytest.mark.parametrize("way", ["xla", "splash"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_way_equals_torch(case, way):
+    attend = attention
+    if way == "splash":
+        attend = functools.partial(splash.splash_attention, interpret=True)
+    if case.mesh is None:
+        ours = _by_jax(case, attend)
+    else:
+        devices = jax.devices()[: case.mesh.fsdp * case.mesh.tensor]
+        with jax.set_mesh(sharding.make_mesh(case.mesh, devices)):
+            ours = _by_jax(case, attend)
+    for got, expected in zip(ours, _by_torch(case), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def _shapes_on(platform, **options):
+    """What attention works out when traced for devices that are not here."""
+    case = CASES["grouped"]
+    arrays, _, places = _inputs(case)
+    mask = Mask(Places(*map(jnp.asarray, places)), causal=True)
+    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    mesh = AbstractMesh((1,) * 4, sharding.AXES, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(
+            lambda q, k, v: attention(q, k, v, mask, scale=1.0, **options)
+        )(*map(jnp.asarray, arrays))
+    return {tuple(s) for s in jaxprs.shapes(jaxpr.jaxpr)}, case
+
+
+def test_a_mesh_of_tpus_never_holds_scores_or_a_mask():
+    shapes, case = _shapes_on("tpu")
+    assert not any(np.prod(s) >= case.T**2 and case.T in s[-1:] for s in shapes)
+    shapes, _ = _shapes_on("cpu")
+    assert any(s[-2:] == (case.T, case.T) for s in shapes)
+
+
+@pytest.mark.parametrize("option", ["bias", "dropout"])
+def test_what_the_kernel_does_not_know_is_left_to_the_compiler(option):
+    T = CASES["grouped"].T
+    options = {"bias_BNTS": jnp.zeros((1, 4, T, T))}
+    if option == "dropout":
+        options = {"dropout": 0.5, "rng": jax.random.key(0)}
+    assert any(s[-2:] == (T, T) for s in _shapes_on("tpu", **options)[0])
