@@ -10,6 +10,7 @@ import tiny
 
 import fjft
 from fjft import tree
+from fjft.peft.targets import PeftTensor
 
 ADAPTER_NAME = ".default"
 
@@ -24,14 +25,14 @@ def make_peft(twin: Any, seed: int = 0, **options: Any) -> Any:
     return peft.get_peft_model(copy.deepcopy(twin), config).eval()
 
 
-def randomize(model: Any, seed: int = 1) -> Any:
-    """Gives everything that `peft` trains a value that is not where it starts."""
+def randomize(model: Any, trained: Any = None, seed: int = 1) -> Any:
+    """Moves everything that is trained to random values, away from where it starts."""
     import torch
 
     torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, 0.0, 0.15)
+    with torch.no_grad():
+        for parameter in (trained or trained_by_peft)(model).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
     return model
 
 
@@ -51,12 +52,43 @@ def trained_by_peft(model: Any) -> dict[str, Any]:
     }
 
 
+def trained_by_torch(model: Any) -> dict[str, Any]:
+    """What requires a gradient, under Hugging Face's names."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
 def table(model: Any) -> list[Any]:
     """PEFT's tensors of our model."""
     provenance = model.provenance
     return provenance.method.peft_tensors(
         model, provenance.sites, provenance.peft_config
     )
+
+
+def trained_table(model: Any) -> list[Any]:
+    """What is trained, by the names of its files; Hugging Face's without own ones."""
+    trainable = is_trainable(model)
+    if model.provenance.method.PEFT_TYPE is None:
+        return [
+            PeftTensor(name, site.path, place)
+            for site in model.provenance.sites
+            if trainable(site.path)
+            for name, place in site.tensors()
+        ]
+    return [tensor for tensor in table(model) if trainable(tensor.path)]
+
+
+def copy_values(model: Any, theirs: dict[str, Any]) -> Any:
+    """Our model with the numbers of an oracle's trained parameters; another object."""
+    graphdef, params = tree.split(model)
+    tensors = trained_table(model)
+    new = {t.path: np.array(params[t.path]) for t in tensors}
+    for tensor in tensors:
+        new[tensor.path][tensor.index] = theirs[tensor.name].detach().numpy()
+    put = {p: jax.device_put(v, params[p].sharding) for p, v in new.items()}
+    copied = tree.merge(graphdef, params | put)
+    copied.provenance = model.provenance
+    return copied
 
 
 def is_trainable(model: Any) -> Any:

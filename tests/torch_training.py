@@ -5,7 +5,7 @@ adapter, torch the optimizer and the clipping, transformers the schedule.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,29 @@ class Trained:
     parameters: dict[str, np.ndarray]
 
 
-def packed_mask(segment_ids: np.ndarray) -> torch.Tensor:
+def packed_mask(segment_ids: np.ndarray, window: int | None = None) -> torch.Tensor:
     """Additive mask [B, 1, T, T]: causal, within segments; padding sees itself."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     T = segment_ids.shape[1]
-    seen = same & np.tri(T, dtype=bool) & (segment_ids != 0)[:, None, :]
+    near = np.tri(T, dtype=bool) & ~np.tri(T, k=-(window or T), dtype=bool)
+    seen = same & near & (segment_ids != 0)[:, None, :]
     seen |= np.eye(T, dtype=bool)
     mask = np.where(seen, 0.0, np.finfo(np.float32).min).astype(np.float32)
     return torch.tensor(mask)[:, None]
+
+
+def packed_masks(config: Any, segment_ids: np.ndarray) -> Any:
+    """The mask, or that of each type of layer where some have a window."""
+    mask = packed_mask(segment_ids)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return mask
+    windowed = packed_mask(segment_ids, config.sliding_window)
+    return {"full_attention": mask, "sliding_attention": windowed}
+
+
+def count_items(batch: Batch) -> int:
+    """The number of labels that count where a token predicts the next."""
+    return int((batch["labels"][..., 1:] != -100).sum())
 
 
 def sum_loss(model: Any, batch: Batch, num_items: int) -> torch.Tensor:
@@ -39,7 +54,7 @@ def sum_loss(model: Any, batch: Batch, num_items: int) -> torch.Tensor:
     return model(
         input_ids=torch.tensor(batch["input_ids"]).long(),
         position_ids=torch.tensor(batch["positions"]).long(),
-        attention_mask=packed_mask(batch["segment_ids"]),
+        attention_mask=packed_masks(model.config, batch["segment_ids"]),
         labels=torch.tensor(batch["labels"]).long(),
         num_items_in_batch=num_items,
         use_cache=False,
@@ -56,6 +71,8 @@ def train(
     weight_decay: float,
     max_grad_norm: float,
     accumulation_steps: int = 1,
+    adam_epsilon: float = 1e-8,
+    sum_loss: Callable[[Any, Batch, int], torch.Tensor] = sum_loss,
 ) -> Trained:
     """Trains what requires a gradient, on each batch once."""
     torch.set_num_threads(1)  # Tiny products: more threads only wait for each other.
@@ -65,7 +82,9 @@ def train(
         {"params": [p for p in trained.values() if p.ndim > 1]},
         {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, lr=learning_rate, weight_decay=weight_decay, eps=adam_epsilon
+    )
     scheduler = transformers.get_scheduler(
         "linear",
         optimizer,
@@ -74,7 +93,7 @@ def train(
     )
     losses, norms = [], []
     for batch in batches:
-        num_items = int((batch["labels"][:, 1:] != -100).sum())
+        num_items = count_items(batch)
         optimizer.zero_grad()
         total = 0.0
         for part in range(accumulation_steps):
