@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from fjft.models.mask import Mask
 from fjft.models.splash import splash_attention
+
+ATTENTION = "attention"  # what remat policies call its output and the scores' norms
 
 
 def attention(
@@ -41,7 +44,7 @@ def attention(
     drops = dropout > 0 and rng is not None
     if _is_tpu() and mask.keys is None and bias_BNTS is None and not drops:
         return splash_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap
+            q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, name=ATTENTION
         )
     if drops:
         arguments = q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap
@@ -77,8 +80,9 @@ def _forward(q, k, v, mask, bias, scale, softcap):
         preferred_element_type=jnp.float32,
     )
     out_BKMH = (out_BKMH / norm).astype(v.dtype)
-    out = _ungroup(out_BKMH, q.shape)
-    return out, (q, k, v, mask, bias, out, highest + jnp.log(norm))
+    out = checkpoint_name(_ungroup(out_BKMH, q.shape), ATTENTION)
+    log_norm = checkpoint_name(highest + jnp.log(norm), ATTENTION)
+    return out, (q, k, v, mask, bias, out, log_norm)
 
 
 def _backward(scale, softcap, residuals, grad_out):

@@ -1,6 +1,7 @@
 """The parts that every family is made of: parameters, linear maps, norms, stacks."""
 
 import dataclasses
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Hashable, Sequence
@@ -9,9 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from fjft.models.attention import ATTENTION
+
 Initializer = Callable[..., jax.Array]
+
+HIDDEN_STATES = "hidden_states"  # what remat policies call the input of a layer
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -308,6 +314,7 @@ class Stack(nnx.Module):
 
             def step(carry, xs, graphdefs=graphdefs):
                 states, numbers = xs
+                carry = jax.tree.map(_name_hidden_states, carry)
                 for m, (graphdef, state) in enumerate(
                     zip(graphdefs, states, strict=True)
                 ):
@@ -318,10 +325,38 @@ class Stack(nnx.Module):
         return carry
 
 
+def _name_hidden_states(x: jax.Array) -> jax.Array:
+    """Names what runs from layer to layer, leaving out sums over tokens."""
+    return checkpoint_name(x, HIDDEN_STATES) if x.ndim >= 3 else x
+
+
+def _remat(policy: Callable | None) -> Callable[[Callable], Callable]:
+    return functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+
+
+_POLICIES = jax.checkpoint_policies
+
+# What the backward pass has kept of a layer; it works the rest out again.
 REMAT_POLICIES: dict[str, Callable[[Callable], Callable]] = {
+    # Everything.
     "none": lambda f: f,
-    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
-    "dots": lambda f: jax.checkpoint(
-        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable
+    # What the layer read.
+    "full": _remat(None),
+    # That, and what attention gave, which costs the most to work out again.
+    "attention": _remat(_POLICIES.save_only_these_names(ATTENTION)),
+    # That, and what matrix products gave.
+    "dots": _remat(
+        _POLICIES.save_from_both_policies(
+            _POLICIES.dots_saveable, _POLICIES.save_only_these_names(ATTENTION)
+        )
+    ),
+    # What the layer read, in the memory of the host.
+    "offload": _remat(
+        _POLICIES.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[HIDDEN_STATES],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     ),
 }

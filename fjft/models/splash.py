@@ -1,7 +1,6 @@
 """Attention on TPU: splash attention, on every device for its own rows and heads."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ def splash_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention of tokens to those of their own rows, which never holds the scores.
@@ -43,6 +43,7 @@ def splash_attention(
       mask: Which keys each query sees; its `keys` must be None.
       scale: What scores are multiplied by.
       softcap: Scores are bent into (-softcap, softcap) by a tanh; None leaves them.
+      name: What remat policies call the output and the scores' norms.
       interpret: Runs the kernel's program on any backend, slowly.
     """
     scaled = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
@@ -51,6 +52,7 @@ def splash_attention(
         window=mask.window,
         causal=mask.causal,
         softcap=softcap,
+        name=name,
         interpret=interpret,
     )
     mesh = jax.sharding.get_abstract_mesh()
@@ -79,6 +81,7 @@ def _attend_rows(
     window: int | None,
     causal: bool,
     softcap: float | None,
+    name: str | None,
     interpret: bool,
 ) -> jax.Array:
     """One device's rows and heads, filled up to whole blocks with padding."""
@@ -89,36 +92,26 @@ def _attend_rows(
         for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     segments = jnp.pad(segments_BT, ((0, 0), (0, missing)))
-    kernel = _make_kernel(
-        q.shape[1], T + missing, window, causal, softcap, interpret=interpret
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([_make_mask(T + missing, window, causal)] * q.shape[1]),
+        block_sizes=_block_sizes(T + missing),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=name,
+        interpret=interpret,
     )
     out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return out.swapaxes(1, 2)[:, :T]
 
 
-def _make_kernel(
-    num_heads: int,
-    length: int,
-    window: int | None,
-    causal: bool,
-    softcap: float | None,
-    interpret: bool,
-) -> Any:
-    """The kernel `(q_NTH, k_KTH, v_KTH, segments) -> out_NTH`."""
+def _make_mask(length: int, window: int | None, causal: bool) -> splash.Mask:
+    """The mask of a row's places, which segments cut down."""
     shape = (length, length)
     if window is not None:
         reach = window - 1
-        mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
-    else:
-        mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-    return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * num_heads),
-        block_sizes=_block_sizes(length),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
-    )
+        return splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
+    return splash.CausalMask(shape) if causal else splash.FullMask(shape)
 
 
 def _block_sizes(length: int) -> splash.BlockSizes:

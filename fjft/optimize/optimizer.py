@@ -50,6 +50,7 @@ class Config(schedules.Config):
         would have, so one learning rate serves both; `original` is Keller Jordan's
         scale, for learning rates near 0.02. torch's default is the latter, with
         another learning rate for what Muon leaves to AdamW.
+      offload: Keeps what the optimizer remembers in the host's memory between steps.
     """
 
     name: str = "adamw"
@@ -61,6 +62,7 @@ class Config(schedules.Config):
     sgd_momentum: float = 0.0
     muon_momentum: float = 0.95
     muon_adjust_lr: str = "match_rms_adamw"
+    offload: bool = False
 
 
 class Layout(NamedTuple):

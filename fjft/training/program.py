@@ -97,7 +97,7 @@ def build_program(
         stack_axes={path: _stack_axes(axes[path]) for path in trainable},
         muon_mask={path: "vocab" not in axes[path] for path in trainable},
     )
-    state = abstract_state(trainable, optimizer)
+    state = abstract_state(trainable, optimizer, on_host=e.optimizer.offload)
     loss = _make_loss(e)
     train_step = steps.make_train_step(
         blueprint.graphdef,

@@ -123,7 +123,12 @@ def build_run(
         loader=loader,
         eval_loader=eval_loader,
     )
-    return run, init_state(trainable, program.optimizer, e.train.seed)
+    return run, init_state(
+        trainable,
+        program.optimizer,
+        e.train.seed,
+        on_host=e.optimizer.offload,
+    )
 
 
 def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:

@@ -30,14 +30,18 @@ class TrainState:
 
 
 def init_state(
-    params: tree.Params, optimizer: optax.GradientTransformation, seed: int
+    params: tree.Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    on_host: bool = False,
 ) -> TrainState:
     """The state before the first step, lying as `abstract_state` says."""
     shapes = {
         path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
         for path, p in params.items()
     }
-    abstract = abstract_state(shapes, optimizer)
+    abstract = abstract_state(shapes, optimizer, on_host=on_host)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(
@@ -49,9 +53,18 @@ def init_state(
 
 
 def abstract_state(
-    params: dict[str, jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation
+    params: dict[str, jax.ShapeDtypeStruct],
+    optimizer: optax.GradientTransformation,
+    *,
+    on_host: bool = False,
 ) -> TrainState:
-    """Shape, dtype and sharding of each array of a state."""
+    """Shape, dtype and sharding of each array of a state.
+
+    Args:
+      params: Those of the trainable parameters.
+      optimizer: Whose moments these are.
+      on_host: Keeps moments in the hosts' memory between steps.
+    """
     sharding = next(iter(params.values())).sharding
     assert isinstance(sharding, NamedSharding)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -59,7 +72,7 @@ def abstract_state(
     shapes: dict[str, Any] = {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         "params": params,
-        "opt_state": _abstract_opt_state(params, optimizer, everywhere),
+        "opt_state": _abstract_opt_state(params, optimizer, everywhere, on_host),
         "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
     }
     return TrainState(**shapes)
@@ -69,6 +82,7 @@ def _abstract_opt_state(
     params: dict[str, jax.ShapeDtypeStruct],
     optimizer: optax.GradientTransformation,
     everywhere: NamedSharding,
+    on_host: bool,
 ) -> Any:
     """The optimizer's arrays.
 
@@ -82,6 +96,8 @@ def _abstract_opt_state(
         sharding = everywhere
         if owner is not None and params[owner].shape == leaf.shape:
             sharding = params[owner].sharding
+            if on_host:
+                sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     shapes = jax.eval_shape(optimizer.init, params)

@@ -80,7 +80,9 @@ def make_train_step(
         sums, grads = _sum_over(microstep, batch, accumulation_steps)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
         grads, grad_norm = clip_by_global_norm(grads, max_grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Moments may lie in the host's memory; where they do not, this does nothing.
+        moments = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        updates, opt_state = optimizer.update(grads, moments, state.params)
         is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         # A learning rate that is far too large shows in the update, a step before it
         # shows in the loss.
@@ -91,7 +93,7 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
             new,
-            (state.params, state.opt_state),
+            (state.params, moments),
         )
         metrics = StepMetrics(
             loss_sum=sums.loss,

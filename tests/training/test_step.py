@@ -66,6 +66,17 @@ def test_meshes_give_the_same_losses(llama, reference, tmp_path, mesh):
         assert {path: m.sharding.spec for path, m in moments.items()} == specs
 
 
+def test_what_waits_in_the_hosts_memory_changes_nothing(llama, reference, tmp_path):
+    config = make_config(
+        llama, tmp_path, optimizer__offload=True, model__remat="offload"
+    )
+    state, metrics = take_steps(start(config, (1, 2, 1)), 5)
+    np.testing.assert_allclose(numbers(metrics), reference, rtol=TOLERANCE)
+    for moments in moments_of(state.opt_state):
+        kinds = {m.sharding.memory_kind for m in moments.values()}
+        assert kinds == {"pinned_host"}
+
+
 def moments_of(opt_state) -> list[dict]:
     """Adam's two dicts of moments."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, dict))
