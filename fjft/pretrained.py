@@ -213,15 +213,17 @@ def build_model(
     params |= load_params(
         files, pretrained, matched.stored, blueprint.params, shardings
     )
+    model = tree.merge(blueprint.graphdef, params)
+    if method is not None and hasattr(method, "start"):
+        method.start(model, table, peft_config)
     if adapter is not None:
         stored = adapter_files.load_adapter_params(
             blueprint.model, provenance, blueprint.params, shardings, adapter
         )
-        params |= stored
+        tree.update(model, stored)
         brought = {n for site in table if site.path in stored for n in site.hf_names}
         still_new = tuple(name for name in matched.new if name not in brought)
         provenance = dataclasses.replace(provenance, new=still_new)
-    model = tree.merge(blueprint.graphdef, params)
     model.provenance = provenance
     return model
 

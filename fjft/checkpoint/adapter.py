@@ -35,6 +35,9 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         raise UserError(
             "the model carries no adapter; write its weights with save_model"
         )
+    head = task_type(of_model(model))
+    if hasattr(method, "plain"):
+        model, config = method.plain(model, provenance.sites, config)
     _, params = tree.split(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     write_safetensors(directory / WEIGHTS_NAME, tensors)
     described = {
         "peft_type": method.PEFT_TYPE,
-        "task_type": task_type(of_model(model)),
+        "task_type": head,
         "base_model_name_or_path": provenance.files.source,
         "inference_mode": True,
         **method.peft_config(model, provenance.sites, config),

@@ -104,15 +104,18 @@ class Linear(nnx.Module):
 
     def base(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The map without its adapter."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
-        return (
-            y
-            if self.bias is None
-            else y + _broadcast(self.bias[...].astype(x.dtype), y)
-        )
+        y = self.product(x)
+        if self.bias is None:
+            return y
+        return y + broadcast(self.bias[...].astype(x.dtype), y)
+
+    def product(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        """The map without its adapter and its bias."""
+        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
 
 
-def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
+def broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector as a view of the shape of `like`, along its last axis."""
     return jax.lax.broadcast_in_dim(vector, like.shape, (like.ndim - 1,))
 
 
@@ -140,7 +143,7 @@ class RMSNorm(nnx.Module):
         weight = self.weight[...].astype(normed.dtype)
         if self.offset:
             weight = weight + self.offset
-        return (normed * _broadcast(weight, normed)).astype(x.dtype)
+        return (normed * broadcast(weight, normed)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -158,9 +161,9 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        y = y * _broadcast(self.weight[...].astype(jnp.float32), y)
+        y = y * broadcast(self.weight[...].astype(jnp.float32), y)
         if self.bias is not None:
-            y = y + _broadcast(self.bias[...].astype(jnp.float32), y)
+            y = y + broadcast(self.bias[...].astype(jnp.float32), y)
         return y.astype(x.dtype)
 
 

@@ -7,6 +7,12 @@ A method is a module with
 - `attach(model, sites, config, rngs)`: puts adapters into the model's slots;
 - `is_trainable(config, sites)`: a predicate on paths.
 
+A method whose parameters start from the base's weights also has
+
+- `start(model, sites, config)`: called once the weights are there, and before an
+  adapter is read from a file; sets its own parameters in place.
+
 A method with a `PEFT_TYPE` also has `peft_config`, `peft_tensors` and `from_peft`, its
-file format in both directions.
+file format in both directions, and may have `plain(model, sites, config)`, a model and
+options with which these describe what the given ones cannot.
 """

@@ -46,7 +46,7 @@ def load_peft(twin: Any, directory: Any) -> Any:
 def trained_by_peft(model: Any) -> dict[str, Any]:
     """What `peft` trains, under the names of its files."""
     return {
-        name.replace(ADAPTER_NAME, "").replace(".modules_to_save", ""): parameter
+        _name_in_file(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -55,6 +55,12 @@ def trained_by_peft(model: Any) -> dict[str, Any]:
 def trained_by_torch(model: Any) -> dict[str, Any]:
     """What requires a gradient, under Hugging Face's names."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _name_in_file(name: str) -> str:
+    """The name in PEFT's file of a parameter of its model."""
+    name = name.replace(ADAPTER_NAME, "").replace(".modules_to_save", "")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def table(model: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from fjft import sharding, tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker
 from fjft.peft import lora
+from fjft.peft.lora_adapter import Adapter
 
 UNTIED, TIED = "llama/llama3-rope-biases", "qwen2/no-window-tied"
 ALTERNATING = "qwen3/alternating-biases"
@@ -198,7 +199,7 @@ def _adapted(dropout: float, size: int = 64) -> Linear:
     maker = Maker(nnx.Rngs(0), jnp.float32)
     sizes, axes = (size, size), ("heads", "embed")
     linear = Linear(maker, "q", sizes, axes, bias=False, std=1.0)
-    adapter = lora.Adapter(nnx.Rngs(0), linear, (size,), (1.0,), dropout)
+    adapter = Adapter(nnx.Rngs(0), linear, (size,), (1.0,), dropout=dropout)
     adapter.a[...] = adapter.b[...] = jnp.eye(size)
     linear.weight[...] = 2 * jnp.eye(size)
     linear.adapter = nnx.data(adapter)
@@ -261,8 +262,7 @@ def test_an_adapter_for_another_model_is_refused(get_twins, tmp_path, options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"exclude_modules": ["v_proj"]}, "exclude_modules"),

@@ -1,0 +1,149 @@
+"""LoRA's options, and what of PEFT's `adapter_config.json` they stand for."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fjft.errors import UserError
+from fjft.peft import starts, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options, under PEFT's names.
+
+    Attributes:
+      r: Rank.
+      lora_alpha: The adapter's output is scaled by `lora_alpha / r`.
+      lora_dropout: Share of the adapter's input that is dropped in training.
+      target_modules: `all-linear`, or a regex on Hugging Face module names.
+      use_rslora: Scales by `lora_alpha / sqrt(r)` instead (Kalajdzievski 2023).
+      use_dora: Trains the lengths of the weight's rows by themselves (Liu et al. 2024).
+      init_lora_weights: How A and B start. `default`: A random and B zero. From the
+        weight itself, whose part they then are: `pissa` or, much faster,
+        `pissa_niter_4` (Meng et al. 2024), or `olora` (Buyukakyuz 2024). What is
+        saved is a plain LoRA of twice the rank, for the base as it was.
+      rank_pattern: Ranks of the modules that a regex means, instead of `r`.
+      alpha_pattern: The same for `lora_alpha`.
+      modules_to_save: A regex on names of modules that are trained whole; "" is none.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str = targets.ALL_LINEAR
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = starts.DEFAULT
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: str = ""
+
+    def __post_init__(self):
+        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
+            raise UserError(
+                f"peft.r={self.r}, rank_pattern={dict(self.rank_pattern)}: "
+                "ranks are at least 1"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"peft.lora_dropout={self.lora_dropout} is not in [0, 1)")
+        if not starts.is_name(self.init_lora_weights):
+            raise UserError(
+                f"peft.init_lora_weights={self.init_lora_weights!r} is unknown; use "
+                f"one of {starts.NAMES}"
+            )
+
+    @property
+    def has_start(self) -> bool:
+        """Whether A and B start as a part of the weight."""
+        return self.init_lora_weights != starts.DEFAULT
+
+    def plain(self) -> "Config":
+        """The options of the LoRA of twice the rank that has no start."""
+        wider = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=wider * self.lora_alpha,
+            rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
+            alpha_pattern={k: wider * a for k, a in self.alpha_pattern.items()},
+            init_lora_weights=starts.DEFAULT,
+        )
+
+    def rank(self, module: str) -> int:
+        """The rank of the module with this Hugging Face name."""
+        return targets.lookup(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """What the output of the module's adapter is multiplied by."""
+        rank = self.rank(module)
+        alpha = targets.lookup(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+# Keys of PEFT's LoraConfig that leave what the adapter computes as it is.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+
+# PEFT's ways to start from which A and B do not depend on the weight.
+_FREE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def from_peft(adapter_config: Mapping[str, Any]) -> Config:
+    """The options that an `adapter_config.json` stands for.
+
+    Raises:
+      UserError: It uses a part of PEFT's LoRA that is not implemented.
+    """
+    rest = {k: v for k, v in adapter_config.items() if k not in _HARMLESS}
+    start = rest.pop("init_lora_weights", True)
+    if start in _FREE_STARTS:
+        start = starts.DEFAULT
+    elif not starts.is_name(str(start)):
+        raise UserError(
+            f"the adapter has init_lora_weights={start!r}, which changes the base "
+            "too; save it as plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    modules = rest.pop("target_modules")
+    if not isinstance(modules, str):
+        modules = "|".join(map(re.escape, sorted(modules)))
+    modules = _in_layers(
+        modules, rest.pop("layers_to_transform", None), rest.pop("layers_pattern", None)
+    )
+    whole = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
+    names = {field.name for field in dataclasses.fields(Config)}
+    known = {name: rest.pop(name) for name in names & set(rest)}
+    unknown = {k: v for k, v in rest.items() if v and (k, v) != ("bias", "none")}
+    if unknown:
+        raise UserError(f"the adapter uses parts of LoRA that fjft lacks: {unknown}")
+    known |= {"target_modules": modules, "modules_to_save": whole}
+    known["init_lora_weights"] = start
+    return Config(**known)
+
+
+def _in_layers(
+    modules: str, layers: int | Sequence[int] | None, stack: str | Sequence[str] | None
+) -> str:
+    """A regex on modules, limited to PEFT's `layers_to_transform`, if there are any."""
+    if layers is None or layers == []:
+        return modules
+    numbers = "|".join(map(str, [layers] if isinstance(layers, int) else layers))
+    names = "|".join([stack] if isinstance(stack, str) else stack or [r"[^.]*"])
+    return rf"({names})\.({numbers})\.(.*\.)?({modules})"
