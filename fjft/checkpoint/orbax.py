@@ -167,14 +167,19 @@ def saved_steps(directory: str | Path) -> list[int]:
 
 
 def restore_params(
-    directory: str | Path, step: int, params: tree.Params, base_digest: str
+    directory: str | Path,
+    step: int,
+    params: tree.Params,
+    starts: tree.Params,
+    base_digest: str,
 ) -> tree.Params:
-    """Reads the trained parameters of a checkpoint, without the optimizer's state.
+    """Reads the parameters that a checkpoint holds, without the optimizer's state.
 
     Args:
       directory: The run's.
       step: Which checkpoint.
-      params: Parameters of the same shapes, laid out as they shall be.
+      params: Trained parameters of the same shapes, laid out as they shall be.
+      starts: The same of what adapters started from; may be empty.
       base_digest: Digest of the parameters that the run did not train.
 
     Raises:
@@ -195,11 +200,13 @@ def restore_params(
             f"{saved['source']} with digest {saved['digest']}, this base has digest "
             f"{base_digest}; name the same model"
         )
+    groups = {"params": params} | ({"starts": starts} if starts else {})
     wanted = {
-        "params": {
+        group: {
             path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
-            for path, p in params.items()
+            for path, p in members.items()
         }
+        for group, members in groups.items()
     }
     args = ocp.args.PyTreeRestore(
         item=wanted,
@@ -208,13 +215,14 @@ def restore_params(
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(path / "state", args=args)["params"]
+            restored = reader.restore(path / "state", args=args)
     except (ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"checkpoint {step} of {directory} does not fit this config's model and "
             f"method ({first}); name the config that it was trained with"
         ) from error
+    return restored["params"] | restored.get("starts", {})
 
 
 def _write_error(directory: Path, error: Exception) -> Exception:

@@ -189,6 +189,7 @@ def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
     from fjft import pretrained, tree
     from fjft.checkpoint.orbax import digest, restore_params
     from fjft.checkpoint.source import open_model
+    from fjft.peft.lora_adapter import is_start
 
     e = weights.experiment
     assert weights.step is not None
@@ -202,7 +203,8 @@ def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
     )
     trainable = e.method.is_trainable(e.peft, model.provenance.sites)
     trained, frozen = tree.partition(tree.split(model)[1], trainable)
+    starts, base = tree.partition(frozen, is_start)
     directory = e.checkpoint.directory
-    restored = restore_params(directory, weights.step, trained, digest(frozen))
+    restored = restore_params(directory, weights.step, trained, starts, digest(base))
     tree.update(model, restored)
     return model

@@ -23,6 +23,7 @@ from fjft.checkpoint.source import open_model
 from fjft.data.dataset import load_examples
 from fjft.data.tokenize import show_example
 from fjft.errors import UserError
+from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import read_architecture
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
@@ -94,12 +95,13 @@ def train(config: ml_collections.ConfigDict) -> Result:
         closing.callback(watcher.close)
         run, state = build_run(experiment, mesh, files, rows, held_out)
         screen.say(_describe_model(run, state))
-        base = {"source": files.source, "digest": digest(run.frozen)}
+        _, unchanged = tree.partition(run.frozen, is_start)
+        base = {"source": files.source, "digest": digest(unchanged)}
         checkpoints = Checkpoints(experiment.checkpoint)
         closing.callback(checkpoints.close)
         progress = Progress()
         if experiment.checkpoint.resume and checkpoints.latest is not None:
-            state, progress = _resume(checkpoints, run, state, base)
+            run, state, progress = _resume(checkpoints, run, state, base)
             screen.say(f"resumed at step {progress.step}")
         writers = _open_log(config, experiment, progress)
         closing.callback(writers.close)
@@ -356,7 +358,7 @@ class Loop:
     ) -> None:
         self._checkpoints.save(
             progress.step,
-            _as_saved(state),
+            _as_saved(self._run, state),
             {
                 "progress": dataclasses.asdict(progress),
                 "data": self._run.loader.state() | {"served": progress.step},
@@ -449,14 +451,16 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
-def _as_saved(state: TrainState) -> dict[str, Any]:
-    """Orbax knows dictionaries and optax's tuples, not our dataclass."""
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+def _as_saved(run: Run, state: TrainState) -> dict[str, Any]:
+    """The state, and what adapters started from, as dictionaries, which Orbax knows."""
+    saved = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    starts, _ = tree.partition(run.frozen, is_start)
+    return saved | ({"starts": starts} if starts else {})
 
 
 def _resume(
     checkpoints: Checkpoints, run: Run, state: TrainState, base: Mapping[str, str]
-) -> tuple[TrainState, Progress]:
+) -> tuple[Run, TrainState, Progress]:
     """Goes back to the last checkpoint: arrays, data order and log.
 
     Raises:
@@ -473,8 +477,10 @@ def _resume(
             "and options of peft"
         )
     run.loader.restore(saved["data"])
-    state = TrainState(**checkpoints.restore(step, _as_saved(state)))
-    return state, Progress(**saved["progress"])
+    restored = checkpoints.restore(step, _as_saved(run, state))
+    starts = restored.pop("starts", {})
+    run = dataclasses.replace(run, frozen=run.frozen | starts)
+    return run, TrainState(**restored), Progress(**saved["progress"])
 
 
 def _describe_devices(mesh: jax.sharding.Mesh) -> str:

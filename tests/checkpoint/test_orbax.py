@@ -126,12 +126,12 @@ def test_params_alone_are_restored_on_their_base_only(tmp_path):
     checkpoints.save(3, state, {"base": base})
     checkpoints.close()
     blank = jax.tree.map(jnp.zeros_like, state["params"])
-    found = restore_params(tmp_path, 3, blank, "0123456789abcdef")
+    found = restore_params(tmp_path, 3, blank, {}, "0123456789abcdef")
     assert_equal(found, state["params"])
     with pytest.raises(UserError, match=r"org/base with digest 0123.*has digest feed"):
-        restore_params(tmp_path, 3, blank, "feed")
+        restore_params(tmp_path, 3, blank, {}, "feed")
     with pytest.raises(UserError, match=r"no checkpoint of step 4; it has .*\[3\]"):
-        restore_params(tmp_path, 4, blank, "0123456789abcdef")
+        restore_params(tmp_path, 4, blank, {}, "0123456789abcdef")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,7 @@ def _adapted(dropout: float, size: int = 64) -> Linear:
     """A map that gives twice its input, with an adapter that adds its own."""
     maker = Maker(nnx.Rngs(0), jnp.float32)
     sizes, axes = (size, size), ("heads", "embed")
-    linear = Linear(maker, "q", sizes, axes, bias=False, std=1.0)
+    linear: Any = Linear(maker, "q", sizes, axes, bias=False, std=1.0)
     adapter = Adapter(nnx.Rngs(0), linear, (size,), (1.0,), dropout=dropout)
     adapter.a[...] = adapter.b[...] = jnp.eye(size)
     linear.weight[...] = 2 * jnp.eye(size)

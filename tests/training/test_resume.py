@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_experiment import make_config, save_tiny_model
 
 from fjft.checkpoint.orbax import saved_steps
 from fjft.errors import UserError
+from fjft.peft import starts
 from fjft.telemetry import read_log
 from fjft.training import loop as loop_module
 from fjft.training.loop import train
@@ -260,3 +262,29 @@ def test_lora_checkpoint_holds_no_base(undisturbed):
     # Three times that (weights and two moments), and what Orbax says of them.
     # The base has 600 kB.
     assert 1.5 * trained < size < 3 * trained + 100_000
+
+
+def test_what_an_adapter_started_from_is_resumed_too(llama, tmp_path, monkeypatch):
+    """Another device would decompose the weights to other last bits, or more."""
+    options = {
+        "peft__init_lora_weights": "olora",
+        "peft__target_modules": "v_proj",
+        "train__max_steps": 3,
+    }
+    train(make_config(llama, tmp_path / "whole", **options))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        with pytest.raises(UserError, match="stopped at step 2"):
+            train(make_config(llama, tmp_path / "cut", **options))
+    factors = starts.factors
+    monkeypatch.setattr(
+        starts, "factors", lambda *args: [1.5 * part for part in factors(*args)]
+    )
+    resumed = make_config(llama, tmp_path / "cut", **options, checkpoint__resume=True)
+    train(resumed)
+    whole, cut = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("whole", "cut")
+    )
+    for name, value in whole.items():
+        np.testing.assert_array_equal(cut[name], value)
