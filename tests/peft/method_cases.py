@@ -30,6 +30,7 @@ class Case:
       trained: The trained parameters of such a model, by the names of the method's
         files (by Hugging Face's where it has none of its own).
       starts_as_base: Whether a new model computes what the bare one does.
+      is_written_as_it_is: Whether its files hold the trained parameters themselves.
       merges: Whether `merge_adapter` can fold it into the weights.
       rows: The lengths of the segments of each row of a batch.
       sum_loss: The oracle's loss where it is not the base's own.
@@ -41,6 +42,7 @@ class Case:
     make_theirs: Callable[[Any], Any]
     trained: Callable[[Any], dict[str, Any]] = peft_twins.trained_by_peft
     starts_as_base: bool = True
+    is_written_as_it_is: bool = True
     merges: bool = True
     rows: list[list[int]] = dataclasses.field(default_factory=lambda: bases.ROWS)
     sum_loss: Callable[[Any, bases.Batch, int], torch.Tensor] | None = None
@@ -106,6 +108,17 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "lora": {
         "patterns": _same_lora(UNTIED, target_modules="all-linear", **_PATTERNS),
+        "dora": _same_lora(
+            UNTIED, target_modules="all-linear", use_dora=True, **_PATTERNS
+        ),
+        "olora": dataclasses.replace(
+            _lora(
+                ALTERNATING,
+                {"target_modules": ["v_proj", "up_proj"], "init_lora_weights": "olora"},
+                {"target_modules": "v_proj|up_proj", "init_lora_weights": "olora"},
+            ),
+            is_written_as_it_is=False,
+        ),
         "rslora-tied": _same_lora(TIED, target_modules="all-linear", use_rslora=True),
         "lm-head-trained-whole": _lora(
             UNTIED,

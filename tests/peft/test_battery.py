@@ -294,10 +294,11 @@ def test_files_go_to_peft_and_back(built, tmp_path):
     assert tiny.relative_error(logits, expected) < TOLERANCE
     theirs.save_pretrained(tmp_path / "theirs")
     again = fjft.load_model(str(built.base.directory), adapter=tmp_path / "theirs")
-    np.testing.assert_array_equal(
-        built.base.logits(again, built.batch),
-        built.base.logits(built.ours, built.batch),
-    )
+    logits = built.base.logits(again, built.batch)
+    if built.case.is_written_as_it_is:
+        expected = built.base.logits(built.ours, built.batch)
+        np.testing.assert_array_equal(logits, expected)
+    assert tiny.relative_error(logits, expected) < TOLERANCE
     fjft.save_adapter(again, tmp_path / "again")
     ours, written, back = (
         load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs", "again")
