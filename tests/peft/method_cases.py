@@ -113,7 +113,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "olora": dataclasses.replace(
             _lora(
-                ALTERNATING,
+                UNTIED,
                 {"target_modules": ["v_proj", "up_proj"], "init_lora_weights": "olora"},
                 {"target_modules": "v_proj|up_proj", "init_lora_weights": "olora"},
             ),
