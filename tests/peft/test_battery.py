@@ -329,9 +329,11 @@ def spread_out(built: Built) -> tuple[Any, Any]:
     model = built.build(mesh=mesh)
     start = jax.device_get(tree.split(built.fresh)[1])
     for path, param in tree.split(model)[1].items():
-        # Of weights that are cut up, the lengths of rows are summed in another order.
-        rounding = 3e-7 if ".magnitude" in path or ".start_" in path else 0
-        np.testing.assert_allclose(param, start[path], rtol=rounding)
+        if ".adapter." in path:
+            # Worked out from weights that are cut up, it has another order of sums.
+            assert tiny.relative_error(param, start[path]) < TOLERANCE, path
+        else:
+            np.testing.assert_array_equal(param, start[path])
     return mesh, peft_twins.copy_values(model, built.case.trained(built.theirs))
 
 
