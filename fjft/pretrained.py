@@ -214,6 +214,7 @@ def build_model(
         files, pretrained, matched.stored, blueprint.params, shardings
     )
     model = tree.merge(blueprint.graphdef, params)
+    model.provenance = provenance
     if method is not None and hasattr(method, "start"):
         method.start(model, table, peft_config)
     if adapter is not None:

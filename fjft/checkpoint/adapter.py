@@ -70,7 +70,15 @@ def merge_adapter(model: Any) -> Any:
 
     The given model is left as it is. Sums are float32, rounded to the weights' dtype
     once.
+
+    Raises:
+      UserError: The model has virtual tokens.
     """
+    if getattr(model, "prompt", None) is not None:
+        raise UserError(
+            "virtual tokens are no change of the weights, so nothing can merge them "
+            "into those; write them with save_adapter"
+        )
     merged = tree.merge(*tree.split(model))
     module: Any
     for _, module in list(nnx.iter_modules(merged)):

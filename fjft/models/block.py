@@ -21,6 +21,7 @@ from fjft.models.layers import (
 )
 from fjft.models.mask import Mask
 from fjft.models.moe import Experts, Load, SparseMLP
+from fjft.models.prompt import Prefix
 from fjft.models.rope import Rope, Rotation, rotate
 from fjft.sharding import constrain
 
@@ -125,11 +126,13 @@ class View:
       masks: By window, which keys each query sees.
       rotations: By rope, the rotation of the new tokens.
       is_real: Which of the new tokens are not padding, Bool[B, T].
+      prefix: Virtual keys and values; with a cache they are in there.
     """
 
     masks: dict[int | None, Mask]
     rotations: dict[Rope, Rotation]
     is_real: Bool[Array, "B T"]
+    prefix: Prefix | None
 
 
 def make_norm(make: Maker, arch: Architecture, size: int) -> nnx.Module:
@@ -201,6 +204,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.layer(layer)
+        elif view.prefix is not None:
+            k, v = view.prefix.prepend(layer, k, v)
         out = attention(
             q,
             k,

@@ -18,6 +18,7 @@ from fjft.models.layers import (
     dropout,
 )
 from fjft.models.mask import Mask
+from fjft.models.prompt import Prefix
 from fjft.sharding import constrain
 
 
@@ -140,11 +141,13 @@ class View:
       mask: Which tokens of its own stack each token sees.
       bias: What is added to their scores.
       source_mask: Which tokens of the encoder it sees.
+      prefix: Virtual keys and values; with a cache they are in there.
     """
 
     mask: Mask
     bias: Float[Array, "B N T S"] | None
     source_mask: Mask | None
+    prefix: Prefix | None
 
 
 class Attention(nnx.Module):
@@ -267,6 +270,8 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, *kv)
             kv = cache.layer(layer)
+        elif view.prefix is not None:
+            kv = view.prefix.prepend(layer, *kv)
         y = self.attention(y, kv, view.mask, view.bias, keys[0])
         x_BTD = self._after(self.attention_norm, x_BTD, y, keys[0])
         if self.cross is not None:

@@ -76,16 +76,16 @@ class Deberta(Encoder):
     def embed(
         self,
         input_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
-        token_type_ids_BT: Int[Array, "B T"] | None = None,
+        positions_BS: Int[Array, "B S"],
+        segment_ids_BS: Int[Array, "B S"],
+        token_type_ids_BS: Int[Array, "B S"] | None = None,
         rng: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B S D"]:
         """What the first layer gets, in the compute dtype; zero for padding."""
-        x_BTD = super().embed(
-            input_ids_BT, positions_BT, segment_ids_BT, token_type_ids_BT, rng
+        x_BSD = super().embed(
+            input_ids_BT, positions_BS, segment_ids_BS, token_type_ids_BS, rng
         )
-        return jnp.where((segment_ids_BT != 0)[..., None], x_BTD, 0)
+        return jnp.where((segment_ids_BS != 0)[..., None], x_BSD, 0)
 
     def backbone(
         self,

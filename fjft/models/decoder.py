@@ -21,6 +21,13 @@ from fjft.models.layers import (
 )
 from fjft.models.mask import Mask, Places
 from fjft.models.moe import Load, balance_loss, no_load
+from fjft.models.prompt import (
+    prefix_of,
+    prepend_vectors,
+    vectors_of,
+    virtual_places,
+    with_virtual_places,
+)
 from fjft.sharding import constrain
 
 EMBEDDING_STREAM = 0x7FFFFFFF  # folded into the key; layers fold in their numbers
@@ -33,6 +40,7 @@ class Decoder(nnx.Module):
     `embed`, `backbone`, `unembed`.
 
     Attributes:
+      prompt: None, or the virtual tokens that stand before every row; see `Prompt`.
       arch: The numbers it was built from.
       provenance: Where its weights came from, set by whoever loads them.
       compute_dtype: Type of the activations; weights are cast to it where used.
@@ -70,6 +78,7 @@ class Decoder(nnx.Module):
                 std=std,
             )
         )
+        self.prompt: Any = nnx.data(None)
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.provenance: Any = None
@@ -123,6 +132,10 @@ class Decoder(nnx.Module):
         if self.arch.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.arch.embedding_scale, x_BTD.dtype)
         return constrain(x_BTD, "batch", None, None)
+
+    def word_vectors(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What virtual vectors stand in the place of."""
+        return self.embed(input_ids_BT)
 
     def backbone(
         self,
@@ -178,6 +191,32 @@ class Decoder(nnx.Module):
         rng: jax.Array | None,
         remat: str,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
+        """All layers and the last norm, the virtual tokens' outputs left out."""
+        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        positions_BT = positions_BT + num_virtual
+        if lengths_B is not None:
+            lengths_B = lengths_B + num_virtual
+        vectors = vectors_of(self.prompt)
+        if vectors is None or cache is not None:
+            return self._layers(
+                x_BTD, positions_BT, segment_ids_BT, cache, lengths_B, rng, remat
+            )
+        places = with_virtual_places(num_virtual, positions_BT, segment_ids_BT)
+        x_BTD = prepend_vectors(vectors, x_BTD)
+        x_BTD, cache, load = self._layers(x_BTD, *places, cache, lengths_B, rng, remat)
+        return x_BTD[:, num_virtual:], cache, load
+
+    def _layers(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: Cache | None,
+        lengths_B: jax.Array | None,
+        rng: jax.Array | None,
+        remat: str,
+    ) -> tuple[jax.Array, Cache | None, Load | None]:
+        """The same of virtual and other tokens alike."""
         if cache is not None:
             cache = cache.reserve(positions_BT, segment_ids_BT)
         view = self._view(positions_BT, segment_ids_BT, cache, lengths_B)
@@ -212,8 +251,16 @@ class Decoder(nnx.Module):
     ) -> View:
         """The masks and rotations of all kinds of layers."""
         queries, keys = Places(positions_BT, segment_ids_BT), None
+        prefix = prefix_of(self.prompt, self.compute_dtype)
         if cache is not None:
             keys = Places(cache.positions, cache.segment_ids)
+        elif prefix is not None:
+            num_virtual = self.prompt.num_tokens
+            keys = Places(
+                *with_virtual_places(num_virtual, positions_BT, segment_ids_BT)
+            )
+        elif self.prompt is not None:
+            keys = queries  # said in full, since some of them are shared
         kinds = self.arch.kinds
         ropes = [r for r in dict.fromkeys(k.rope for k in kinds) if r is not None]
         lengths_BT = None
@@ -231,6 +278,7 @@ class Decoder(nnx.Module):
             },
             rotations={r: rope.rotation(positions_BT, r, lengths_BT) for r in ropes},
             is_real=segment_ids_BT != 0,
+            prefix=prefix,
         )
 
     def _position_vectors(self, positions_BT: jax.Array) -> jax.Array:
@@ -256,16 +304,30 @@ class Decoder(nnx.Module):
         return table.weight[...]
 
     def init_cache(self, batch_size: int, num_slots: int) -> Cache:
-        """An empty cache for this model, in the compute dtype."""
+        """A cache with `num_slots` empty slots, after any virtual tokens'."""
         arch = self.arch
-        return init_cache(
+        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        cache = init_cache(
             arch.num_layers,
             batch_size,
-            num_slots,
+            num_virtual + num_slots,
             arch.num_kv_heads,
             arch.head_dim,
             self.compute_dtype,
         )
+        prefix = prefix_of(self.prompt, self.compute_dtype)
+        if prefix is not None:
+            return prefix.fill(cache)
+        vectors = vectors_of(self.prompt)
+        if vectors is None:
+            return cache
+        x_BND = jnp.broadcast_to(
+            vectors.astype(self.compute_dtype), (batch_size, *vectors.shape)
+        )
+        places = virtual_places(batch_size, num_virtual)
+        _, filled, _ = self._layers(x_BND, *places, cache, None, None, "none")
+        assert filled is not None
+        return filled
 
     def check_growth(self, num_tokens: int, max_tokens: int) -> None:
         """Checks that a cache can grow from one length to another.
@@ -276,6 +338,9 @@ class Decoder(nnx.Module):
         Raises:
           UserError: The growth passes such a limit.
         """
+        if self.prompt is not None:
+            num_tokens += self.prompt.num_tokens
+            max_tokens += self.prompt.num_tokens
         for kind in self.arch.kinds:
             beyond = None if kind.rope is None else kind.rope.beyond
             if not isinstance(beyond, rope.Switch):

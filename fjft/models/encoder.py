@@ -15,6 +15,7 @@ from fjft.models.encoder_head import Head
 from fjft.models.layers import REMAT_POLICIES, Maker, Stack
 from fjft.models.mask import full_mask
 from fjft.models.pooling import pool
+from fjft.models.prompt import only_segment, vectors_of, with_virtual_places
 from fjft.models.weights import Row
 from fjft.sharding import constrain
 
@@ -34,6 +35,8 @@ class Encoder(nnx.Module):
     What a padding token gets means nothing.
 
     Attributes:
+      prompt: None, or virtual tokens' vectors, which stand before every row; see
+        `Prompt`. Heads for single tokens pass them over, those for sequences do not.
       arch: The numbers it was built from.
       provenance: Where its weights came from, set by whoever loads them.
       compute_dtype: Type of the activations; weights are cast to it where used.
@@ -49,6 +52,7 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(make, arch)
         self.layers = self.make_layers(arch, make, cuts)
         self.head = Head(make, arch.plan, arch.hidden_size)
+        self.prompt: Any = nnx.data(None)
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.provenance: Any = None
@@ -107,17 +111,32 @@ class Encoder(nnx.Module):
         *,
         rng: Key[Array, ""] | None = None,
         remat: str = "none",
-    ) -> Float[Array, "B T D"]:
-        """Last hidden states; arguments as in `__call__` and `backbone`."""
+    ) -> Float[Array, "B S D"]:
+        """Last hidden states for `predict`; arguments as in `__call__`, `backbone`.
+
+        Those of virtual tokens come first, if the head is one for sequences.
+        """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(input_ids_BT)
-            self._check_length(input_ids_BT.shape[1])
+            num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+            self._check_length(num_virtual + input_ids_BT.shape[1])
         if positions_BT is None:
             positions_BT = restarting_positions(segment_ids_BT)
+        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        if num_virtual:
+            positions_BT, segment_ids_BT = with_virtual_places(
+                num_virtual, positions_BT + num_virtual, segment_ids_BT, segment=1
+            )
+            if token_type_ids_BT is not None:
+                before = (0, 0), (num_virtual, 0)
+                token_type_ids_BT = jnp.pad(token_type_ids_BT, before)
         x_BTD = self.embed(
             input_ids_BT, positions_BT, segment_ids_BT, token_type_ids_BT
         )
-        return self.backbone(x_BTD, positions_BT, segment_ids_BT, rng=rng, remat=remat)
+        if num_virtual:
+            x_BTD = only_segment(x_BTD, segment_ids_BT)
+        x_BTD = self.backbone(x_BTD, positions_BT, segment_ids_BT, rng=rng, remat=remat)
+        return x_BTD if self.head.plan.pooling else x_BTD[:, num_virtual:]
 
     def _check_length(self, length: int) -> None:
         limit = self.arch.num_positions - self.arch.position_offset
@@ -130,17 +149,26 @@ class Encoder(nnx.Module):
     def embed(
         self,
         input_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
-        token_type_ids_BT: Int[Array, "B T"] | None = None,
+        positions_BS: Int[Array, "B S"],
+        segment_ids_BS: Int[Array, "B S"],
+        token_type_ids_BS: Int[Array, "B S"] | None = None,
         rng: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """What the first layer gets, in the compute dtype."""
-        del segment_ids_BT
-        x_BTD = self.embeddings(
-            input_ids_BT, positions_BT, token_type_ids_BT, self.compute_dtype, rng
+    ) -> Float[Array, "B S D"]:
+        """What the first layer gets, in the compute dtype, of all S tokens."""
+        del segment_ids_BS
+        x_BSD = self.embeddings(
+            input_ids_BT,
+            positions_BS,
+            token_type_ids_BS,
+            self.compute_dtype,
+            rng,
+            vectors_of(self.prompt),
         )
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BSD, "batch", None, None)
+
+    def word_vectors(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """What virtual vectors stand in the place of."""
+        return self.embeddings.words(input_ids_BT, self.compute_dtype)
 
     def backbone(
         self,
@@ -171,7 +199,7 @@ class Encoder(nnx.Module):
     def predict(
         self,
         x_BTD: Float[Array, "B T D"],
-        segment_ids_BT: Int[Array, "B T"] | None = None,
+        segment_ids_BT: Int[Array, "B S"] | None = None,
         *,
         num_segments: int | None = None,
         rng: Key[Array, ""] | None = None,
@@ -185,6 +213,9 @@ class Encoder(nnx.Module):
             return self.head(x_BTD, words_VE, rng)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        elif self.prompt is not None:
+            before = (0, 0), (self.prompt.num_tokens, 0)
+            segment_ids_BT = jnp.pad(segment_ids_BT, before, constant_values=1)
         x_BSD = pool(x_BTD, segment_ids_BT, plan.pooling, num_segments or 1)
         logits_BSC = self.head(x_BSD, words_VE, rng)
         return logits_BSC if num_segments is not None else logits_BSC[:, 0]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from fjft.models.attention import attention
 from fjft.models.encoder_head import Plan
 from fjft.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Maker
+from fjft.models.prompt import prepend_vectors
 from fjft.sharding import constrain
 
 
@@ -119,21 +120,25 @@ class Embeddings(nnx.Module):
     def __call__(
         self,
         input_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        token_type_ids_BT: Int[Array, "B T"] | None,
+        positions_BS: Int[Array, "B S"],
+        token_type_ids_BS: Int[Array, "B S"] | None,
         dtype: jax.typing.DTypeLike,
         rng: Key[Array, ""] | None,
-    ) -> Float[Array, "B T D"]:
+        virtual_ND: Float[Array, "N E"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """What the first layer gets, of virtual and other tokens."""
         arch = self.arch
         x = self.words(input_ids_BT, dtype)
+        if virtual_ND is not None:
+            x = prepend_vectors(virtual_ND, x)
         if self.types is not None:
-            if token_type_ids_BT is None:
-                token_type_ids_BT = jnp.zeros_like(input_ids_BT)
-            x = x + self.types(token_type_ids_BT, dtype)
+            if token_type_ids_BS is None:
+                token_type_ids_BS = jnp.zeros_like(positions_BS)
+            x = x + self.types(token_type_ids_BS, dtype)
         if self.positions is not None:
             # A position beyond the table becomes NaN, rather than the last one's.
             table = self.positions.weight[...].astype(dtype)
-            places = positions_BT + arch.position_offset
+            places = positions_BS + arch.position_offset
             x = x + jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan)
         if self.project is None:
             return self.norm(x)

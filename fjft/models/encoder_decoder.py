@@ -22,6 +22,14 @@ from fjft.models.layers import (
 )
 from fjft.models.mask import Mask, Places
 from fjft.models.positions import RelativeBias, sinusoids
+from fjft.models.prompt import (
+    Prefix,
+    only_segment,
+    prefix_of,
+    prepend_vectors,
+    vectors_of,
+    with_virtual_places,
+)
 from fjft.sharding import constrain
 
 IGNORED = -100  # Hugging Face's label for "not trained"
@@ -106,6 +114,7 @@ class Half(nnx.Module):
         cache: EncoderDecoderCache | None,
         rng: Key[Array, ""] | None,
         remat: str,
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "B T D"], EncoderDecoderCache | None]:
         """Token vectors in, hidden states out; see `EncoderDecoder.backbone`."""
         rates = self.arch.dropout
@@ -113,7 +122,7 @@ class Half(nnx.Module):
         tokens = None if cache is None else cache.tokens
         if tokens is not None:
             tokens = tokens.reserve(positions_BT, segment_ids_BT)
-        view = self._view(positions_BT, segment_ids_BT, memory, cache, tokens)
+        view = self._view(positions_BT, segment_ids_BT, memory, cache, tokens, prefix)
         source = memory.states if memory is not None else cache and cache.source
         if self.arch.positions != "relative":
             x_BTD = x_BTD + self._position_vectors(positions_BT, x_BTD.dtype)
@@ -141,10 +150,13 @@ class Half(nnx.Module):
         memory: Memory | None,
         cache: EncoderDecoderCache | None,
         tokens: Cache | None,
+        prefix: Prefix | None,
     ) -> View:
         queries, keys = Places(positions, segments), None
         if tokens is not None:
             keys = Places(tokens.positions, tokens.segment_ids)
+        elif prefix is not None:
+            keys = Places(*with_virtual_places(prefix.num_tokens, positions, segments))
         mask = Mask(queries, keys, causal=self.is_decoder)
         bias = source_mask = None
         if self.relative_bias is not None:
@@ -156,7 +168,7 @@ class Half(nnx.Module):
                 raise UserError("the decoder needs what it decodes: memory= or cache=")
             source = Places(seen.segment_ids, seen.segment_ids)
             source_mask = Mask(queries, source, causal=False)
-        return View(mask, bias, source_mask)
+        return View(mask, bias, source_mask, prefix)
 
     def _position_vectors(
         self, positions_BT: jax.Array, dtype: jax.typing.DTypeLike
@@ -180,6 +192,8 @@ class EncoderDecoder(nnx.Module):
     mean by the model's layers: cuts are cuts of its stack.
 
     Attributes:
+      prompt: None, or virtual tokens: vectors before the encoder's, or keys and values
+        before the decoder's; see `Prompt`.
       arch: The numbers it was built from.
       provenance: Where its weights came from, set by whoever loads them.
       compute_dtype: Type of the activations; weights are cast to it where used.
@@ -223,6 +237,7 @@ class EncoderDecoder(nnx.Module):
             if arch.has_logits_bias
             else None
         )
+        self.prompt: Any = nnx.data(None)
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.provenance: Any = None
@@ -281,9 +296,20 @@ class EncoderDecoder(nnx.Module):
     ) -> Memory:
         """Reads the source; arguments as in `__call__` and `backbone`."""
         positions, segments = _places(input_ids_BE, positions_BE, segment_ids_BE)
-        x_BED = self._look_up(self.embedding, input_ids_BE)
+        x_BED = self.word_vectors(input_ids_BE)
+        vectors = vectors_of(self.prompt)
+        if vectors is not None:
+            x_BED = prepend_vectors(vectors, only_segment(x_BED, segments))
+            num_virtual = self.prompt.num_tokens
+            positions, segments = with_virtual_places(
+                num_virtual, positions + num_virtual, segments, segment=1
+            )
         x_BED, _ = self.encoder(x_BED, positions, segments, None, None, rng, remat)
         return Memory(x_BED, segments)
+
+    def word_vectors(self, input_ids_BE: Int[Array, "B E"]) -> Float[Array, "B E D"]:
+        """What virtual vectors stand in the place of."""
+        return self._look_up(self.embedding, input_ids_BE)
 
     def embed(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Vectors of the decoder's tokens, in the compute dtype."""
@@ -329,8 +355,11 @@ class EncoderDecoder(nnx.Module):
         Raises:
           UserError: There is neither memory nor cache.
         """
+        prefix = prefix_of(self.prompt, self.compute_dtype)
+        if prefix is not None:
+            positions_BT = positions_BT + prefix.num_tokens
         x_BTD, cache = self.decoder(
-            x_BTD, positions_BT, segment_ids_BT, memory, cache, rng, remat
+            x_BTD, positions_BT, segment_ids_BT, memory, cache, rng, remat, prefix
         )
         if self.arch.logit_scale != 1:
             x_BTD = x_BTD * jnp.asarray(self.arch.logit_scale, x_BTD.dtype)
@@ -360,7 +389,7 @@ class EncoderDecoder(nnx.Module):
         return None if self.bias is None else jax.lax.stop_gradient(self.bias[0])
 
     def init_cache(self, memory: Memory, num_slots: int) -> EncoderDecoderCache:
-        """A cache with the source's keys and values and `num_slots` empty slots."""
+        """A cache with the source's keys and values, and `num_slots` empty slots."""
         B, E, _ = memory.states.shape
         side = self.arch.decoder
         shape = side.num_heads, side.head_dim, self.compute_dtype
@@ -371,7 +400,12 @@ class EncoderDecoder(nnx.Module):
             return source.write(layer, *block.cross.keys_values(memory.states, None))
 
         source = self.decoder.layers.scan(body, source).advance(E)
-        tokens = init_cache(side.num_layers, B, num_slots, *shape)
+        prefix = prefix_of(self.prompt, self.compute_dtype)
+        if prefix is None:
+            tokens = init_cache(side.num_layers, B, num_slots, *shape)
+        else:
+            num_slots += prefix.num_tokens
+            tokens = prefix.fill(init_cache(side.num_layers, B, num_slots, *shape))
         return EncoderDecoderCache(tokens, source)
 
 

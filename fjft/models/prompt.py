@@ -5,10 +5,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from fjft.errors import UserError
 from fjft.models.cache import Cache
 from fjft.models.mask import SHARED
+from fjft.sharding import constrain
 
 
 class Prompt(Protocol):
@@ -40,6 +43,11 @@ class Prefix:
 
     keys_values: Float[Array, "L 2 N K H"]
 
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.keys_values.shape[2]
+
     def prepend(
         self,
         layer: Int[Array, ""],
@@ -50,7 +58,7 @@ class Prefix:
         own = jax.lax.dynamic_index_in_dim(self.keys_values, layer, keepdims=False)
         k, v = (
             jnp.concatenate([jnp.broadcast_to(x, (len(y), *x.shape)), y], axis=1)
-            for x, y in zip(own[:, None], (k_BTKH, v_BTKH), strict=True)
+            for x, y in zip(own, (k_BTKH, v_BTKH), strict=True)
         )
         return k, v
 
@@ -71,12 +79,17 @@ class Prefix:
 def prefix_of(prompt: Any, dtype: jax.typing.DTypeLike) -> Prefix | None:
     """The keys and values of a model's `prompt` slot, if it holds any."""
     found = None if prompt is None else prompt.keys_values()
-    return None if found is None else Prefix(found.astype(dtype))
+    if found is None:
+        return None
+    return Prefix(constrain(found.astype(dtype), *(None,) * found.ndim))
 
 
 def vectors_of(prompt: Any) -> Float[Array, "N D"] | None:
     """The vectors of a model's `prompt` slot, if it holds any."""
-    return None if prompt is None else prompt.vectors()
+    found = None if prompt is None else prompt.vectors()
+    # Left to itself, XLA's partitioner joins vectors that come out of a sharded matrix
+    # to those of the tokens wrongly (seen with jax 0.10.2).
+    return None if found is None else constrain(found, None, None)
 
 
 def virtual_places(
@@ -117,3 +130,23 @@ def prepend_vectors(
     shape = (len(x_BTD), *vectors_ND.shape)
     virtual = jnp.broadcast_to(vectors_ND.astype(x_BTD.dtype), shape)
     return jnp.concatenate([virtual, x_BTD], axis=1)
+
+
+def only_segment(
+    x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Lets no second segment of a row pass.
+
+    Where virtual tokens see what comes after them, each segment would need its own. In
+    a compiled program other segments become NaN, so that it does not go unnoticed.
+
+    Raises:
+      UserError: There is one, and it can be seen already.
+    """
+    is_other_BT = segment_ids_BT > 1
+    if not isinstance(is_other_BT, Tracer) and bool(is_other_BT.any()):
+        raise UserError(
+            "packed rows with virtual tokens before an encoder: each segment would "
+            "need its own; use one sequence a row (data.packing=False)"
+        )
+    return jnp.where(is_other_BT[..., None], jnp.nan, x_BTD).astype(x_BTD.dtype)

@@ -2,10 +2,13 @@
 
 import types
 
-from fjft.peft import full, last_layers, lora
+from fjft.peft import full, last_layers, lora, p_tuning, prefix, prompt
 
 METHODS: dict[str, types.ModuleType] = {
     "full": full,
     "last_layers": last_layers,
     "lora": lora,
+    "p_tuning": p_tuning,
+    "prefix": prefix,
+    "prompt": prompt,
 }

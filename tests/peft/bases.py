@@ -57,7 +57,9 @@ class Base:
     def their_logits(self, model: Any, batch: Batch) -> np.ndarray:
         """The oracle's logits."""
         with torch.no_grad():
-            return model(**_torch_inputs(self.inputs, batch)).logits.numpy()
+            logits = model(**_torch_inputs(self.inputs, batch)).logits.numpy()
+        # `peft` gives those of virtual tokens too, which come first.
+        return logits[:, -T:] if logits.ndim == 3 else logits
 
 
 _apply = jax.jit(

@@ -84,6 +84,41 @@ _PATTERNS = {
     "alpha_pattern": {r"layers\.[02]\.mlp\.up_proj": 3, "v_proj": 40},
 }
 
+
+def _virtual(
+    base: str,
+    make_config: Callable[..., Any],
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    network: Mapping[str, str] = {},
+) -> Case:
+    """Virtual tokens, and the network they may come out of: its names, and ours."""
+
+    def trained(model: Any) -> dict[str, Any]:
+        found = peft_twins.trained_by_peft(model)
+        names = {"embedding.weight": "prompt_embeddings"} | network
+        own = {f"prompt_encoder.{theirs}": name for theirs, name in names.items()}
+        return {own.get(name, name): p for name, p in found.items()}
+
+    def sum_loss(model: Any, batch: bases.Batch, num_items: int) -> torch.Tensor:
+        ids, labels = (torch.tensor(batch[k]).long() for k in ("input_ids", "labels"))
+        return model(ids, labels=labels, num_items_in_batch=num_items).loss
+
+    return Case(
+        base=base,
+        options={"num_virtual_tokens": 3, **ours},
+        make_theirs=by_peft(make_config, num_virtual_tokens=3, **theirs),
+        trained=trained,
+        starts_as_base=False,
+        is_written_as_it_is=not network,
+        merges=False,
+        rows=bases.UNPACKED,
+        sum_loss=sum_loss if theirs["task_type"] == "CAUSAL_LM" else None,
+    )
+
+
+_CAUSAL, _SEQ2SEQ = {"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_2_SEQ_LM"}
+
 # Key of `METHODS` -> variant -> case.
 CASES: dict[str, dict[str, Case]] = {
     "full": {
@@ -141,6 +176,55 @@ CASES: dict[str, dict[str, Case]] = {
             T5,
             {"target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"},
             {"target_modules": "q|v|wo"},
+        ),
+    },
+    "p_tuning": {
+        "llama": _virtual(
+            UNTIED,
+            peft.PromptEncoderConfig,
+            _CAUSAL | {"encoder_hidden_size": 8},
+            {"encoder_hidden_size": 8},
+            {
+                f"mlp_head.{number}.{leaf}": f"prompt.{name}.{leaf}"
+                for number, name in ((0, "first"), (2, "second"), (4, "third"))
+                for leaf in ("weight", "bias")
+            },
+        ),
+    },
+    "prefix": {
+        "llama": _virtual(UNTIED, peft.PrefixTuningConfig, _CAUSAL, {}),
+        "projected": _virtual(
+            TIED,
+            peft.PrefixTuningConfig,
+            _CAUSAL | {"prefix_projection": True, "encoder_hidden_size": 8},
+            {"prefix_projection": True, "encoder_hidden_size": 8},
+            {
+                f"transform.{number}.{leaf}": f"prompt.{name}.{leaf}"
+                for number, name in ((0, "inner"), (2, "outer"))
+                for leaf in ("weight", "bias")
+            },
+        ),
+        # PEFT takes the model's width for the heads' together, which it is not here.
+        "t5": _virtual(
+            T5,
+            peft.PrefixTuningConfig,
+            _SEQ2SEQ | {"token_dim": 20},
+            {"num_layers": 3},
+        ),
+    },
+    "prompt": {
+        "llama": _virtual(UNTIED, peft.PromptTuningConfig, _CAUSAL, {}),
+        "classifier": _virtual(
+            CLASSIFIER,
+            peft.PromptTuningConfig,
+            {"task_type": "SEQ_CLS"},
+            {"modules_to_save": "classifier"},
+        ),
+        "t5": _virtual(
+            T5,
+            peft.PromptTuningConfig,
+            _SEQ2SEQ,
+            {"num_transformer_submodules": 2},
         ),
     },
 }

@@ -18,10 +18,16 @@ ADAPTER_NAME = ".default"
 def make_peft(twin: Any, seed: int = 0, **options: Any) -> Any:
     """`peft`'s LoRA on a copy of a torch model, as it starts."""
     import peft
+
+    return make_from(twin, peft.LoraConfig(task_type="CAUSAL_LM", **options), seed)
+
+
+def make_from(twin: Any, config: Any, seed: int = 0) -> Any:
+    """`peft`'s model of a config on a copy of a torch model, as it starts."""
+    import peft
     import torch
 
     torch.manual_seed(seed)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     return peft.get_peft_model(copy.deepcopy(twin), config).eval()
 
 
@@ -72,7 +78,11 @@ def table(model: Any) -> list[Any]:
 
 
 def trained_table(model: Any) -> list[Any]:
-    """What is trained, by the names of its files; Hugging Face's without own ones."""
+    """What is trained, by the names of its files.
+
+    Those are Hugging Face's where a method has none, and our paths for a network that
+    is thrown away after training.
+    """
     trainable = is_trainable(model)
     if model.provenance.method.PEFT_TYPE is None:
         return [
@@ -81,7 +91,13 @@ def trained_table(model: Any) -> list[Any]:
             if trainable(site.path)
             for name, place in site.tensors()
         ]
-    return [tensor for tensor in table(model) if trainable(tensor.path)]
+    found = [tensor for tensor in table(model) if trainable(tensor.path)]
+    in_files = {tensor.path for tensor in found}
+    return found + [
+        PeftTensor(path, path, (slice(None),))
+        for path in tree.split(model)[1]
+        if trainable(path) and path not in in_files
+    ]
 
 
 def copy_values(model: Any, theirs: dict[str, Any]) -> Any:
