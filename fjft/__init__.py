@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fjft.checkpoint.huggingface import save_model
     from fjft.errors import UserError
     from fjft.generation.decode import generate
+    from fjft.planning.planner import plan
     from fjft.pretrained import load_model
     from fjft.training.loop import train
 
@@ -18,6 +19,7 @@ __all__ = [
     "load_config",
     "load_model",
     "merge_adapter",
+    "plan",
     "save_adapter",
     "save_model",
     "train",
@@ -29,6 +31,7 @@ _HOMES = {
     "load_config": "fjft.build",
     "load_model": "fjft.pretrained",
     "merge_adapter": "fjft.checkpoint.adapter",
+    "plan": "fjft.planning.planner",
     "save_adapter": "fjft.checkpoint.adapter",
     "save_model": "fjft.checkpoint.huggingface",
     "train": "fjft.training.loop",

@@ -16,7 +16,8 @@ FLOORS = {
     2: "data peft checkpoint generation",
     3: "build pretrained evaluate",
     4: "training",
-    5: "cli",
+    5: "planning",
+    6: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # Neighbours on one floor that may be asked: they know of no model and no data.

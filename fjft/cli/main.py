@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and token accuracy on held-out data",
     "generate": "let a model answer prompts",
     "export": "write a run's adapter, or a whole Hugging Face model",
+    "plan": "tell whether a config fits its hardware, and how fast it is at best",
     "bench": "time the train step of a config",
 }
 EXAMPLE = """\

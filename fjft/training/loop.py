@@ -28,6 +28,7 @@ from fjft.pretrained import read_architecture
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
+from fjft.training.fit import check_fits
 from fjft.training.run import Run, build_run
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
@@ -79,7 +80,9 @@ def train(config: ml_collections.ConfigDict) -> Result:
     screen.say(_describe_devices(mesh))
 
     files = open_model(experiment.model.source, experiment.model.revision)
-    read_architecture(files)  # What cannot be trained is said before the data is read.
+    # What cannot be trained is said before the data is read.
+    read_architecture(files)
+    check_fits(experiment, mesh, files)
     tokenizer = files.load_tokenizer()
     rows, held_out, report = load_examples(
         experiment.data, tokenizer, experiment.train.seed

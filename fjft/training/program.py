@@ -23,6 +23,10 @@ from fjft.pretrained import Blueprint, draw_model, most_common_dtype
 from fjft.training import step as steps
 from fjft.training.state import TrainState, abstract_state
 
+# Stands for the steps of a run whose data has not been read; it is only the schedule's
+# numbers that depend on it.
+UNKNOWN_STEPS = 10_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:

@@ -1,0 +1,74 @@
+"""Counts the FLOPs of a traced program, every turn of every loop."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products, over all devices; a multiply-add is two.
+
+    A scan counts as often as it turns, a kernel as its author says or else as often
+    as its grid has cells, and a conditional as its dearest branch. What is not a matrix
+    product does not count: it is a percent or two, and runs on other units.
+
+    Args:
+      jaxpr: From `jax.jit(...).trace(...)` or `jax.make_jaxpr`.
+    """
+    if isinstance(jaxpr, ClosedJaxpr):
+        jaxpr = jaxpr.jaxpr
+    return sum(map(_count, jaxpr.eqns))
+
+
+def _count(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        return _dot_flops(eqn)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        layout = params["dimension_numbers"].rhs_spec
+        per_output = math.prod(kernel) / kernel[layout[0]]
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * per_output
+    if name == "pallas_call":
+        if params.get("cost_estimate") is not None:
+            return float(params["cost_estimate"].flops)
+        cells = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
+        return cells * count_flops(params["jaxpr"])
+    leaves = jax.tree.leaves(params, is_leaf=_is_jaxpr)
+    inside = [count_flops(leaf) for leaf in leaves if _is_jaxpr(leaf)]
+    if name == "cond":
+        return max(inside)
+    turns = params["length"] if name == "scan" else 1
+    if name == "shard_map":
+        turns = params["mesh"].size
+    return turns * sum(inside)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def _dot_flops(eqn: Any) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    depth = math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def attention_flops(arch: Any, length: int) -> float:
+    """FLOPs of attention's own products for one token, forward and backward.
+
+    As Chowdhery et al. 2022 (PaLM, appendix B) count them: two products forward and
+    four backward, each over all keys of the row, whatever the mask hides; a window
+    counts as long as it is. Nothing recomputed counts.
+
+    Args:
+      arch: The model's numbers.
+      length: Tokens of a row.
+    """
+    width = arch.num_heads * arch.head_dim
+    windows = [getattr(k, "window", None) for k in getattr(arch, "kinds", ())]
+    windows = windows or [None] * arch.num_layers
+    return sum(12.0 * width * min(length, w or length) for w in windows)

@@ -1,0 +1,170 @@
+"""Plans a config: compiles it for its hardware, and variations of it."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from fjft import sharding
+from fjft.build import build_experiment, override
+from fjft.checkpoint.source import open_info
+from fjft.errors import UserError
+from fjft.planning.compiling import compile_experiment
+from fjft.planning.report import Report, make_report
+from fjft.planning.targets import HERE, Target, find_target
+from fjft.training.program import UNKNOWN_STEPS
+
+_MOST_COMPILES = 12
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    target: str = HERE,
+    *,
+    num_rows: int | None = None,
+    price_per_hour: float | None = None,
+) -> Report:
+    """Compiles a config's own train step for some hardware, which need not be there.
+
+    Args:
+      config: A config, see `load_config`; no weights and no data are read.
+      target: `v5e-8`, `v5p-8`, `2xv6e-64`, ..., or `here` for this process's devices.
+      num_rows: Rows of the training data, if known: what an epoch is made of.
+      price_per_hour: Dollars of the whole target, instead of the table's.
+
+    Returns:
+      What it takes: `.fits`, `.peak_bytes`, `.limit_bytes`, `.step_seconds`,
+      `.max_batch` and more; `.describe()` gives it in words.
+
+    Raises:
+      UserError: The config will not do, the target is unknown, or its compiler is not
+        installed.
+    """
+    return Planner(config, target, num_rows, price_per_hour).plan()
+
+
+class Planner:
+    """Plans variations of one config on one target, each of them once.
+
+    Attributes:
+      target: The hardware.
+      limit_bytes: Of one device; None is not known.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        target: str,
+        num_rows: int | None = None,
+        price_per_hour: float | None = None,
+    ):
+        self._config = config
+        self._num_rows = num_rows
+        found = find_target(target)
+        if price_per_hour is not None:
+            found = dataclasses.replace(found, price=price_per_hour)
+        self.target: Target = found
+        experiment = build_experiment(config)
+        self._files = open_info(experiment.model.source, experiment.model.revision)
+        self._known: dict[tuple, Report] = {}
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config that is varied."""
+        return self._config
+
+    def plan(self, changes: Mapping[str, Any] | None = None) -> Report:
+        """Plans the config with some options changed.
+
+        Args:
+          changes: Values by dotted key.
+
+        Raises:
+          UserError: The changed config will not do.
+        """
+        changes = dict(changes or {})
+        key = tuple(sorted(changes.items()))
+        if key not in self._known:
+            config = copy.deepcopy(self._config)
+            override(config, changes)
+            e = build_experiment(config)
+            steps = e.train.max_steps or None
+            if steps is None and self._num_rows is not None:
+                batches = -(-self._num_rows // e.train.batch_size)
+                steps = max(1, round(e.train.num_epochs * batches))
+            compiled = compile_experiment(
+                e, self._files, self.target, steps or UNKNOWN_STEPS
+            )
+            self._known[key] = make_report(
+                compiled, self.target, steps, lambda: self.max_batch(changes)
+            )
+        return self._known[key]
+
+    def max_batch(self, changes: Mapping[str, Any] | None = None) -> int:
+        """The largest `train.batch_size` that fits, 0 if not even the smallest does.
+
+        Raises:
+          UserError: The memory of the target is not known.
+        """
+        limit = self.target.memory_bytes
+        if limit is None:
+            raise UserError(
+                f"the memory of {self.target.name} is not known, so neither is the "
+                "largest batch"
+            )
+        changes = dict(changes or {})
+        config = copy.deepcopy(self._config)
+        override(config, changes)
+        e = build_experiment(config)
+        mesh = sharding.make_mesh(e.mesh, self.target.devices)
+        unit = sharding.data_shards(mesh) * e.train.accumulation_steps
+
+        def measure(units: int) -> tuple[bool, int]:
+            report = self.plan(changes | {"train.batch_size": units * unit})
+            return report.fits, report.peak_bytes
+
+        start = self.plan(changes | {"train.batch_size": unit})
+        static = sum(start.parts.values()) - start.parts["temporaries"]
+        return unit * largest_fitting(measure, static, limit)
+
+
+def largest_fitting(
+    measure: Callable[[int], tuple[bool, int]], static: int, limit: int
+) -> int:
+    """The largest size that fits, in few measurements.
+
+    Memory grows about linearly with the batch, so the line through the last two
+    measurements says where to look next; what was seen to fit and not to fit bounds
+    the search.
+
+    Args:
+      measure: Size -> whether it fits, and its bytes.
+      static: Bytes that do not grow.
+      limit: Bytes that there are.
+    """
+    fits, peak = measure(1)
+    if not fits:
+        return 0
+    fitting, refused = 1, None
+    slope, base = max(peak - static, 1), static
+    for _ in range(_MOST_COMPILES):
+        if refused == fitting + 1:
+            break
+        guess = max(int((limit - base) / slope), fitting + 1)
+        if refused is not None:
+            guess = min(guess, refused - 1)
+        fits, found = measure(guess)
+        if found > peak and fits:
+            slope, base = (found - peak) / (guess - fitting), found
+            base -= slope * guess
+        if fits:
+            fitting, peak = guess, found
+        else:
+            refused = guess
+            if found > peak:
+                # Somewhere between the last two lies the end of what fits.
+                slope = (found - peak) / (guess - fitting)
+                base = peak - slope * fitting
+    return fitting

@@ -1,0 +1,177 @@
+"""Searches settings: the fastest that fit, and what would make a config fit."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fjft.build import option_types
+from fjft.errors import UserError
+from fjft.models.layers import REMAT_POLICIES
+from fjft.planning.planner import Planner
+from fjft.planning.report import Report
+from fjft.training.fit import gib
+
+# Tokens a device whose logits exist at a time.
+CHUNKS = (512, 1024, 2048, 4096)
+
+Changes = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """Settings that were tried, and what came of them; None if they cannot be had."""
+
+    changes: Changes
+    report: Report | None
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second; 0 if they do not fit."""
+        if self.report is None or not self.report.fits:
+            return 0.0
+        return self.report.tokens_per_second or 0.0
+
+    def describe(self) -> str:
+        """One line."""
+        settings = ", ".join(f"{k}={v}" for k, v in self.changes.items())
+        if not self.speed or self.report is None:
+            return f"does not fit: {settings}"
+        return f"{self.speed:,.0f} tokens/s, {gib(self.report.peak_bytes)}: {settings}"
+
+
+def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tried:
+    """Searches the settings of highest estimated tokens a second that fit.
+
+    One kind of setting after the other: how devices share the work, what is
+    recomputed, how many logits exist at a time; each with the largest batch that fits.
+
+    Args:
+      planner: Of the config to start from.
+      say: Told of each setting tried.
+
+    Raises:
+      UserError: Nothing fits, or the target's speed is not known.
+    """
+    target = planner.target
+    if target.memory_bytes is None or target.peak_flops is None:
+        raise UserError(
+            f"the memory and speed of {target.name} are not known, so nothing can be "
+            "tuned for it; name a target such as v5e-8"
+        )
+    best = Tried({}, None)
+    for choices in (_meshes(planner), _remats(), _chunks(planner)):
+        for choice in choices:
+            tried = _try(planner, best.changes | choice)
+            say(tried.describe())
+            if tried.speed > best.speed:
+                best = tried
+    if best.report is None:
+        raise UserError(
+            f"nothing fits {target.name}: not one row on each device, whatever is "
+            "recomputed; use a smaller data.max_length, peft.method=lora, or more "
+            "devices"
+        )
+    return best
+
+
+def _try(planner: Planner, changes: Changes) -> Tried:
+    changes = changes | {"train.accumulation_steps": 1}
+    changes.pop("train.batch_size", None)
+    try:
+        batch = planner.max_batch(changes)
+    except UserError:
+        return Tried(changes, None)  # a mesh that the model does not divide over
+    changes["train.batch_size"] = batch
+    return Tried(changes, planner.plan(changes) if batch else None)
+
+
+def _meshes(planner: Planner) -> Iterator[Changes]:
+    """As the config says, and powers of two of copies and of tensor parallelism."""
+    yield {}
+    devices = len(planner.target.devices)
+    for data, tensor in ((1, 1), (2, 1), (devices, 1), (1, 2), (1, 4)):
+        if devices > 1 and data * tensor <= devices:
+            rest = devices // (data * tensor)
+            yield {"mesh.data": data, "mesh.fsdp": rest, "mesh.tensor": tensor}
+
+
+def _remats() -> Iterator[Changes]:
+    return ({"model.remat": name} for name in REMAT_POLICIES)
+
+
+def _chunks(planner: Planner) -> Iterator[Changes]:
+    if "objective.chunk_tokens" in option_types(planner.config.to_dict()):
+        yield from ({"objective.chunk_tokens": tokens} for tokens in CHUNKS)
+
+
+def advise(planner: Planner) -> Iterator[Tried]:
+    """What would make a config that does not fit need less, one change at a time."""
+    config = planner.config.to_dict()
+
+    def get(key: str, default: Any) -> Any:
+        section, option = key.split(".")
+        return config.get(section, {}).get(option, default)
+
+    shards = len(planner.target.devices)
+    rows = get("train.batch_size", 1)
+    candidates: list[Changes] = []
+    if get("model.remat", "full") != "full":
+        candidates.append({"model.remat": "full"})
+    if get("mesh.fsdp", -1) != -1:
+        candidates.append({"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1})
+    if rows > shards and rows % shards == 0:
+        candidates.append({"train.accumulation_steps": rows // shards})
+    if get("data.max_length", 1024) >= 512:
+        candidates.append({"data.max_length": get("data.max_length", 1024) // 2})
+    if get("model.dtype", "bfloat16") == "float32":
+        candidates.append({"model.dtype": "bfloat16"})
+    if get("optimizer.name", "adamw") == "adamw":
+        candidates.append({"optimizer.name": "adafactor"})
+    if get("peft.method", "full") == "full":
+        candidates.append({"peft.method": "lora"})
+    for changes in candidates:
+        try:
+            yield Tried(changes, planner.plan(changes))
+        except UserError:
+            continue  # cannot be had with the rest of the config
+
+
+def describe_advice(report: Report, tried: Tried) -> str:
+    """`model.remat=full: 12.1 GiB instead of 17.3 GiB, which fits`."""
+    assert tried.report is not None
+    settings = ", ".join(f"{k}={v}" for k, v in tried.changes.items())
+    verdict = "which fits" if tried.report.fits else "which is still too much"
+    return (
+        f"{settings}: {gib(tried.report.peak_bytes)} instead of "
+        f"{gib(report.peak_bytes)}, {verdict}"
+    )
+
+
+def write_config(path: str, base: str, changes: Mapping[str, Any], target: str) -> str:
+    """The text of a config that is another one with changes.
+
+    Args:
+      path: Where it will stand; named in its docstring.
+      base: The other one, as `--config` takes it.
+      changes: Values by dotted key.
+      target: What it was tuned for.
+    """
+    values = "\n".join(f"    {key!r}: {value!r}," for key, value in changes.items())
+    file, _, argument = base.partition(":")
+    return f'''"""{file} as `fjft plan --tune` set it for {target}.
+
+    fjft train --config={path}
+"""
+
+import fjft
+
+CHANGES = {{
+{values}
+}}
+
+
+def get_config(arg: str = ""):
+    """Returns the experiment; the argument is that of {file}."""
+    variant = arg or {argument!r}
+    return fjft.load_config({file!r} + (f":{{variant}}" if variant else ""), CHANGES)
+'''

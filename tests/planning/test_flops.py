@@ -1,0 +1,67 @@
+"""Counting FLOPs: loops turn, kernels say, and what XLA counts without loops agrees."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fjft.planning.flops import count_flops
+
+X = jnp.ones((4, 8))
+W = jnp.ones((3, 8, 8))
+ONE = 2 * 4 * 8 * 8
+
+
+def flops(f, *args):
+    return count_flops(jax.make_jaxpr(f)(*args))
+
+
+def test_a_product_and_a_batch_of_them():
+    assert flops(lambda x, w: x @ w, X, W[0]) == ONE
+    assert flops(lambda x, w: jnp.einsum("bi,nio->nbo", x, w), X, W) == 3 * ONE
+
+
+def chain(x, w):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+
+def test_a_scan_counts_every_turn():
+    assert flops(chain, X, W) == 3 * ONE
+    nested = jax.jit(lambda x, w: jax.lax.fori_loop(0, 5, lambda i, x: chain(x, w), x))
+    assert flops(nested, X, W) == 15 * ONE
+
+
+def test_recomputation_is_seen():
+    def loss(remat):
+        def body(x, w):
+            return jnp.tanh(x @ w), None
+
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        return jax.grad(lambda w: jax.lax.scan(body, X, w)[0].sum())
+
+    assert flops(loss(False), W) == 3 * 3 * ONE
+    assert flops(loss(True), W) == 4 * 3 * ONE
+
+
+def test_a_conditional_counts_its_dearest_branch():
+    def f(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: (x @ w) @ w)
+
+    assert flops(f, X, W[0]) == 2 * ONE
+
+
+def test_what_xla_counts_without_loops_agrees():
+    def f(x, w):
+        for one in w:
+            x = x @ one
+        return x
+
+    counted = jax.jit(f).lower(X, W).compile().cost_analysis()
+    assert flops(f, X, W) == pytest.approx(counted["flops"], rel=0.02)
+
+
+def test_a_convolution():
+    image, kernel = jnp.ones((2, 9, 3)), jnp.ones((4, 3, 5))
+    f = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    assert flops(f, image, kernel) == 2 * (2 * 6 * 5) * (4 * 3)

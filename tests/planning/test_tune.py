@@ -1,0 +1,161 @@
+"""The search for the fastest settings, on a machine that is made up."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import fjft
+from fjft.errors import UserError
+from fjft.planning import tune
+from fjft.planning.picture import draw
+from fjft.planning.report import Report
+from fjft.planning.targets import Target
+
+GIB = 2**30
+# What each setting costs: memory of a row in GiB, and FLOPs over the model's.
+REMAT = {"full": (0.1, 4 / 3), "dots": (0.4, 1.1), "none": (20.0, 1.0)}
+
+
+def cost(remat: str) -> tuple[float, float]:
+    """Of a policy that is not in the table, as much as full."""
+    return REMAT.get(remat, REMAT["full"])
+
+
+def make_report(**changes: Any) -> Report:
+    report = Report(
+        target="x-1",
+        devices=1,
+        mesh="",
+        batch_size=1,
+        length=1000,
+        fits=True,
+        peak_bytes=3 * GIB,
+        limit_bytes=10 * GIB,
+        parts={"frozen weights": 2 * GIB, "temporaries": GIB},
+        buffers=[],
+        model_flops=1e12,
+        hardware_flops=2e12,
+        memory_bytes=1e9,
+        collectives={"all-gather": (3, 1e6)},
+        compute_seconds=2.0,
+        memory_seconds=0.5,
+        link_seconds=0.1,
+        price_per_hour=36.0,
+        total_steps=None,
+        compile_seconds=1.0,
+        find_max_batch=lambda: 7,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+class MadeUp:
+    """Weights of 2 GiB on a chip of 10; a lighter policy is faster and takes more."""
+
+    def __init__(self, limit: int | None = 10 * GIB, fixed: float = 2.0):
+        self.target = Target(
+            name="x-1",
+            devices=[object()],
+            memory_bytes=limit,
+            peak_flops=1e12,
+            memory_bandwidth=1e9,
+            link_bandwidth=1e9,
+            price=1.0,
+        )
+        self.config = fjft.load_config("configs/llama31_8b_lora.py")
+        self.fixed = fixed
+
+    def max_batch(self, changes):
+        room, _ = cost(changes.get("model.remat", "full"))
+        return max(0, int((10 - self.fixed) / room))
+
+    def plan(self, changes):
+        batch = changes["train.batch_size"]
+        room, work = cost(changes.get("model.remat", "full"))
+        chunk = changes.get("objective.chunk_tokens", 512)
+        seconds = batch * work * (1 + 1 / chunk)
+        peak = int((self.fixed + room * batch) * GIB)
+        return make_report(
+            batch_size=batch,
+            fits=peak <= 10 * GIB,
+            peak_bytes=peak,
+            compute_seconds=seconds,
+            memory_seconds=0.0,
+            link_seconds=0.0,
+        )
+
+
+def test_the_fastest_that_fits_wins():
+    said = []
+    best = tune.tune(MadeUp(), said.append)  # type: ignore[arg-type]
+    assert best.changes == {
+        "model.remat": "dots",
+        "objective.chunk_tokens": 4096,
+        "train.accumulation_steps": 1,
+        "train.batch_size": 20,
+    }
+    assert any("does not fit" in line and "none" in line for line in said)
+    assert max(said, key=lambda line: "tokens/s" in line)
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError, match="nothing fits x-1"):
+        tune.tune(MadeUp(fixed=11.0))  # type: ignore[arg-type]
+
+
+def test_a_machine_of_unknown_memory_is_not_tuned_for():
+    with pytest.raises(UserError, match="are not known"):
+        tune.tune(MadeUp(limit=None))  # type: ignore[arg-type]
+
+
+def test_advice_says_what_each_change_helps(monkeypatch):
+    planner = MadeUp()
+    planner.config = fjft.load_config(
+        "configs/llama31_8b_lora.py",
+        {"model.remat": "none", "train.batch_size": 4, "data.max_length": 1024},
+    )
+    base = {"train.batch_size": 4, "model.remat": "none"}
+    planner.plan = lambda changes: MadeUp.plan(planner, base | changes)
+    found = {str(t.changes): t.report for t in tune.advise(planner)}  # type: ignore[arg-type]
+    assert found["{'model.remat': 'full'}"].fits
+    assert not found["{'data.max_length': 512}"].fits
+    tried = tune.Tried({"model.remat": "full"}, found["{'model.remat': 'full'}"])
+    line = tune.describe_advice(planner.plan({}), tried)
+    assert line == "model.remat=full: 2.40 GiB instead of 82.00 GiB, which fits"
+
+
+def test_what_was_found_is_written_as_a_config(tmp_path):
+    path = tmp_path / "tuned.py"
+    base = "configs/llama31_8b_lora.py:smoke"
+    changes = {"train.batch_size": 96, "model.remat": "dots"}
+    path.write_text(tune.write_config(str(path), base, changes, "v5e-8"))
+    config = fjft.load_config(str(path))
+    assert config.train.batch_size == 96
+    assert config.model.remat == "dots"
+    assert config.data.max_length == 64  # the smoke variant's
+
+
+def test_times_and_prices():
+    report = make_report(total_steps=100)
+    assert report.step_seconds == 2.0
+    assert report.tokens_per_second == 500
+    assert report.mfu == 0.5
+    assert report.total_seconds == 200
+    assert report.total_price == pytest.approx(2.0)
+    text = "\n".join(report.describe())
+    assert "100 steps, 0.06 h, 2.00 dollars" in text
+    assert "2.00 times as many" in text
+    assert "a million tokens" in "\n".join(make_report().describe())
+    assert "largest batch" not in text
+    assert report.max_batch == 7
+    assert report.to_dict()["max_batch"] == 7
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_picture(tmp_path, known):
+    report = make_report()
+    if not known:
+        report = dataclasses.replace(report, compute_seconds=None, limit_bytes=None)
+    path = tmp_path / "plan.png"
+    draw(report).savefig(path)
+    assert path.stat().st_size > 5000
