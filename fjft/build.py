@@ -70,6 +70,8 @@ class TrainConfig:
       seed: Of the data order, new weights and dropout.
       log_steps: Steps between log lines; the loss logged is of all tokens since.
       report_to: Writers besides `log.jsonl`: `tensorboard`, `wandb`, with commas.
+      compilation_cache: Where compiled programs are kept for the next start; "" keeps
+        none. A cache that JAX itself was given goes before.
     """
 
     batch_size: int
@@ -79,6 +81,7 @@ class TrainConfig:
     seed: int = 0
     log_steps: int = 1
     report_to: str = ""
+    compilation_cache: str = "~/.cache/fjft/programs"
 
     def __post_init__(self):
         check_least("train.accumulation_steps", self.accumulation_steps, 1)

@@ -12,7 +12,7 @@ import fjft
 ROOT = Path(fjft.__file__).parent
 FLOORS = {
     1: "errors options sources tree sharding telemetry telemetry_plot telemetry_speed "
-    "models objectives optimize",
+    "programs models objectives optimize",
     2: "data peft checkpoint generation",
     3: "build pretrained evaluate",
     4: "training",

@@ -25,6 +25,7 @@ from fjft.data.tokenize import show_example
 from fjft.errors import UserError
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import read_architecture
+from fjft.programs import keep_programs
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
@@ -69,6 +70,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
         is no longer a number.
     """
     experiment = build_experiment(config)
+    keep_programs(experiment.train.compilation_cache)
     directory = Path(experiment.checkpoint.directory)
     _refuse_second_run(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
@@ -249,7 +251,8 @@ class Loop:
             self.last["eval_loss_before"] = before
             self._screen.say(f"eval_loss {before:.4f} before, {after:.4f} after")
         self._screen.say(
-            f"{self._watcher.count} compilations, {self._watcher.seconds:.1f} s in all"
+            f"{self._watcher.count} compilations, {self._watcher.cache_hits} of them "
+            f"kept from an earlier start, {self._watcher.seconds:.1f} s in all"
         )
         return state, self.last
 
