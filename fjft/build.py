@@ -14,6 +14,7 @@ from fjft import data, sharding
 from fjft.checkpoint import orbax
 from fjft.errors import UserError
 from fjft.models.layers import REMAT_POLICIES
+from fjft.models.quantized import QUANTIZATIONS
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer
 from fjft.optimize.optimizer import OPTIMIZERS
@@ -45,16 +46,20 @@ class ModelConfig:
       revision: Branch, tag or commit of a hub id.
       dtype: Type of the frozen weights and of all activations; `auto` is the
         checkpoint's. What is trained is always float32.
+      quantization: A key of `FORMATS`: linear maps that are not trained, but the
+        head, lie in codes of so many bits; "" leaves them in `dtype`.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
     source: str
     revision: str = "main"
     dtype: str = "bfloat16"
+    quantization: str = ""
     remat: str = "full"
 
     def __post_init__(self):
         check_name("model.dtype", self.dtype, DTYPES)
+        check_name("model.quantization", self.quantization, QUANTIZATIONS)
         check_name("model.remat", self.remat, REMAT_POLICIES)
 
 

@@ -17,12 +17,14 @@ from fjft import sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint.huggingface import Provenance, match
 from fjft.checkpoint.loading import load_params
+from fjft.checkpoint.quantizing import load_quantized, quantize_model
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
 from fjft.models.heads import with_head
 from fjft.models.layers import Maker
+from fjft.models.quantized import QUANTIZATIONS
 from fjft.models.weights import Site, sites
 from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS
@@ -75,6 +77,17 @@ class Blueprint:
         """How each parameter lies on the devices."""
         return {path: p.sharding for path, p in self.params.items()}
 
+    @property
+    def in_codes(self) -> list[Site]:
+        """The sites of quantized weights, each of which is several parameters."""
+        return [site for site in self.sites if site.path not in self.params]
+
+    @property
+    def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What has the shape of each site's weight."""
+        codes = {s.path: self.params[f"{s.path}.codes"] for s in self.in_codes}
+        return self.params | codes
+
 
 def draw_model(
     files: ModelInfo,
@@ -83,6 +96,7 @@ def draw_model(
     peft_config: Any,
     dtype: str,
     mesh: Mesh,
+    quantization: str = "",
 ) -> Blueprint:
     """Draws a model with a method's adapters attached; nothing is allocated.
 
@@ -92,26 +106,33 @@ def draw_model(
       peft_config: The method's options.
       dtype: One of `DTYPES` but `auto`; what the method trains is float32 anyway.
       mesh: Where the parameters will lie.
+      quantization: A key of `FORMATS` for linear maps that are not trained, or "".
 
     Raises:
       UserError: The model type is unknown, or a parameter does not divide over the
-        mesh.
+        mesh or into the blocks of its quantization.
     """
     family, arch = read_architecture(files)
     cuts = method.cuts(peft_config, arch.num_layers) if method else ()
 
     def make(rngs: nnx.Rngs) -> Any:
         model = family.MODEL(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
+        table = sites(family.rows(arch), model)
+        if quantization:
+            quantize_model(model, table, quantization, find_trainable(table))
         if method is not None:
-            method.attach(model, sites(family.rows(arch), model), peft_config, rngs)
+            method.attach(model, table, peft_config, rngs)
         return model
+
+    def find_trainable(table: Sequence[Site]) -> Callable[[str], bool]:
+        if method is None:
+            return lambda path: False
+        return method.is_trainable(peft_config, table)
 
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     table = sites(family.rows(arch), model)
     graphdef, abstract = tree.split(model)
-    trainable = (
-        method.is_trainable(peft_config, table) if method else lambda path: False
-    )
+    trainable = find_trainable(table)
     shapes = {path: p.shape for path, p in abstract.items()}
     shardings = sharding.param_shardings(tree.logical_axes(model), shapes, mesh)
     params = {
@@ -136,6 +157,7 @@ def build_model(
     adapter: str | Path | None = None,
     head: str | None = None,
     num_labels: int | None = None,
+    quantization: str = "",
 ) -> Any:
     """Loads a pretrained model onto a mesh, with a method's adapters attached.
 
@@ -152,6 +174,7 @@ def build_model(
         passed over, and `model.provenance` names both.
       num_labels: How many labels the head tells apart; None is what the config says.
         A stored head for another number is made new.
+      quantization: A key of `FORMATS` for linear maps that are not trained, or "".
 
     Raises:
       UserError: The model type is unknown, its weights do not fit its config, or a
@@ -169,12 +192,13 @@ def build_model(
         peft_config=peft_config,
         dtype=most_common_dtype(files) if dtype == "auto" else dtype,
         mesh=mesh,
+        quantization=quantization,
     )
     arch, table = blueprint.model.arch, blueprint.sites
     matched = match(
         files,
         table,
-        blueprint.params,
+        blueprint.weights,
         prefix=getattr(arch, "base_name", None),
         may_lack_head=head is not None or getattr(arch, "head", "") == "base",
         other_labels=num_labels is not None,
@@ -196,9 +220,12 @@ def build_model(
     # Nobody looks at the pooler of a bare model unless asked to.
     if method is not None and getattr(arch, "head", "") != "base":
         _check_new_is_trained(table, matched.new, method, peft_config)
-    old = {site.path for site in pretrained}
     shardings = blueprint.shardings
-    params: tree.Params = {}
+    params = load_quantized(
+        files, blueprint.model, blueprint.in_codes, matched.stored, blueprint.params
+    )
+    pretrained = [site for site in pretrained if site.path in blueprint.params]
+    old = {site.path for site in pretrained} | params.keys()
     new = {path: s for path, s in shardings.items() if path not in old}
     if new:
         init = jax.jit(
@@ -266,6 +293,8 @@ def _wide_enough(blueprint: Blueprint, own: Mapping[str, np.dtype]) -> Blueprint
     """The same with float32 for what the types given would round."""
     params = dict(blueprint.params)
     for site in blueprint.sites:
+        if site.path not in params:
+            continue
         given = params[site.path]
         needed = {own[name] for name in site.hf_names if name in own}
         if needed - {given.dtype}:
@@ -281,6 +310,7 @@ def load_model(
     revision: str = "main",
     head: str | None = None,
     num_labels: int | None = None,
+    quantization: str = "",
 ) -> Any:
     """Loads a pretrained model.
 
@@ -296,6 +326,8 @@ def load_model(
         `question_answering` instead of the checkpoint's own; what it lacks of it is
         made new, as `model.provenance.new` tells.
       num_labels: How many labels the head tells apart, instead of what the config says.
+      quantization: `nf4`, `nf4_double`, `int8`, `int4` or `fp8` holds the linear maps,
+        but the head, in codes of so many bits; "" holds them as they are.
 
     Returns:
       A Flax module: `model(input_ids)` gives logits, `model.config` is Hugging Face's.
@@ -304,6 +336,7 @@ def load_model(
       UserError: No such model, an unknown type, or a broken checkpoint.
     """
     check_name("dtype", dtype, DTYPES)
+    check_name("quantization", quantization, QUANTIZATIONS)
     method = peft_config = None
     if adapter is not None:
         described = adapter_files.read_adapter_config(adapter)
@@ -320,4 +353,5 @@ def load_model(
         adapter=adapter,
         head=head,
         num_labels=num_labels,
+        quantization=quantization,
     )

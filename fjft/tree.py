@@ -79,8 +79,19 @@ def count(params: Params) -> int:
 
 
 def num_bytes(params: Any) -> int:
-    """The bytes that the arrays of any pytree occupy."""
+    """The bytes that the arrays of any pytree occupy; two codes of 4 bits are one."""
     return sum(
-        int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        int(np.prod(leaf.shape)) * num_bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(params)
     )
+
+
+def num_bits(dtype: Any) -> int:
+    """The bits that a number of this type occupies on a device.
+
+    numpy, on the host, gives each a byte at least.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype in (jnp.uint4, jnp.int4):
+        return 4
+    return dtype.itemsize * 8

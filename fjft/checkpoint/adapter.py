@@ -14,6 +14,7 @@ from flax import nnx
 
 from fjft import tree
 from fjft.checkpoint.huggingface import Provenance
+from fjft.checkpoint.quantizing import is_quantized, restore_weights
 from fjft.checkpoint.safetensors import open_safetensors
 from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
 from fjft.errors import UserError
@@ -69,16 +70,20 @@ def merge_adapter(model: Any) -> Any:
     """A model without adapters whose weights do what weights and adapters did.
 
     The given model is left as it is. Sums are float32, rounded to the weights' dtype
-    once.
+    once. A quantized model's adapters are folded into its weights in full precision,
+    which are read again from its source.
 
     Raises:
-      UserError: The model has virtual tokens.
+      UserError: The model has virtual tokens, or the source of a quantized one is not
+        there any more.
     """
     if getattr(model, "prompt", None) is not None:
         raise UserError(
             "virtual tokens are no change of the weights, so nothing can merge them "
             "into those; write them with save_adapter"
         )
+    if is_quantized(model):
+        model = restore_weights(model)
     merged = tree.merge(*tree.split(model))
     module: Any
     for _, module in list(nnx.iter_modules(merged)):

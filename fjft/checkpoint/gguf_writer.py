@@ -28,6 +28,7 @@ from fjft.checkpoint.gguf_names import ARCHITECTURES
 from fjft.checkpoint.gguf_rope import llama3_divisors
 from fjft.checkpoint.gguf_tokenizer import check_tokenizer, tokenizer_keys
 from fjft.checkpoint.huggingface import Provenance
+from fjft.checkpoint.quantizing import is_quantized
 from fjft.checkpoint.safetensors_writer import make_directory, write_whole
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
@@ -80,6 +81,11 @@ def save_gguf(model: Any, path: str | Path, dtype: str) -> list[str]:
     """
     path, provenance = Path(path), model.provenance
     _, params = tree.split(model)
+    if is_quantized(model):
+        raise UserError(
+            "the model's weights lie in codes of a few bits; read them in full "
+            "precision first, with merge_adapter or restore_weights"
+        )
     if set(params) - {site.path for site in provenance.sites}:
         raise UserError(
             "the model carries an adapter, which GGUF has no place for: fold it into "

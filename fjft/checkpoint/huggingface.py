@@ -1,10 +1,11 @@
 """Hugging Face weights: which tensor is which, and back bit for bit."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
 from fjft.checkpoint.source import ModelFiles, TensorSource
 from fjft.errors import UserError
 from fjft.models.heads import class_name, of_model
-from fjft.models.weights import Site
+from fjft.models.weights import Site, module_at
 
 # Buffers that old checkpoints carry and that every implementation works out itself,
 # and remains of old code. (A tensor that a family names is never one of them.)
@@ -90,7 +91,7 @@ def match(
       UserError: A tensor is missing, superfluous or of another shape.
     """
     tensors = files.tensors
-    stored = _stored_names(tensors, sites)
+    stored = stored_names(tensors, sites)
     new, missing = [], []
     for site in sites:
         for name in site.hf_names:
@@ -135,7 +136,7 @@ def _is_base(name: str, prefix: str, sites: Sequence[Site]) -> bool:
     return name.removeprefix(inside).split(".")[0] in parts
 
 
-def _stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str]:
+def stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str]:
     """The checkpoint's name for each tensor that it has, by the model's."""
     found = {}
     for site in sites:
@@ -151,7 +152,9 @@ def _stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str
 def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
     """Writes a Hugging Face directory: weights, configs, tokenizer, chat template.
 
-    Weights that were loaded in their own dtype and not trained come back bit for bit.
+    Weights that were loaded in their own dtype and not trained come back bit for bit;
+    those that lie in codes are read again from the model's source, so that none is
+    written with what quantization changed.
 
     Args:
       model: A model without adapters; see `merge_adapter`.
@@ -160,18 +163,36 @@ def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
         checkpoint's if the model was loaded with `dtype="auto"`.
 
     Raises:
-      UserError: The model carries an adapter, or there is no space.
+      UserError: The model carries an adapter, the source of a quantized model is not
+        there any more, or there is no space.
     """
     provenance: Provenance = model.provenance
     _, params = tree.split(model)
-    if set(params) - {site.path for site in provenance.sites}:
+    codes = {
+        site.path: module_at(model, site.path)
+        for site in provenance.sites
+        if site.path not in params
+    }
+    known = {site.path for site in provenance.sites}
+    known |= {
+        f"{path}.{part}" for path, code in codes.items() for part in code.part_names
+    }
+    if set(params) - known:
         raise UserError(
             "the model carries an adapter: write it with save_adapter, or fold it "
             "into the weights with merge_adapter first"
         )
     own = provenance.dtypes
+    stored = stored_names(provenance.files.tensors, provenance.sites)
     tensors = [
-        _out_tensor(name, params[site.path], place, site, dtype or own.get(name))
+        _copied_tensor(
+            name,
+            stored[name],
+            provenance.files,
+            dtype or own.get(name, codes[site.path].dtype),
+        )
+        if site.path in codes
+        else _out_tensor(name, params[site.path], place, site, dtype or own.get(name))
         for site in provenance.sites
         for name, place in site.tensors()
     ]
@@ -191,6 +212,36 @@ def _out_tensor(
         return (part.T if site.transpose else part).astype(dtype, copy=False)
 
     return OutTensor(name, dtype, site.hf_shape(param.shape), produce)
+
+
+def _copied_tensor(name: str, stored: str, files: ModelFiles, dtype: Any) -> OutTensor:
+    """A tensor whose numbers the model holds in codes only."""
+    shape = files.tensors.shape(stored)
+    dtype = np.dtype(dtype)
+
+    def produce() -> np.ndarray:
+        every = tuple(slice(0, size) for size in shape)
+        with source_of_codes(files):
+            return files.tensors.read(stored, every).astype(dtype, copy=False)
+
+    return OutTensor(name, dtype, shape, produce)
+
+
+@contextlib.contextmanager
+def source_of_codes(files: ModelFiles) -> Iterator[None]:
+    """Says what is missing when a quantized model's source cannot be read again.
+
+    Raises:
+      UserError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the model's weights lie in codes of a few bits, and those in full "
+            f"precision cannot be read again from {files.origin} ({error}); put the "
+            "model back there"
+        ) from error
 
 
 def _natural(name: str) -> list:

@@ -255,8 +255,7 @@ def digest(params: tree.Params) -> str:
 
 @jax.jit
 def _bit_sum(value: jax.Array) -> jax.Array:
-    width = np.dtype(value.dtype).itemsize * 8
-    unsigned = jnp.dtype(f"uint{width}")
+    unsigned = jnp.dtype(f"uint{tree.num_bits(value.dtype)}")
     bits = jax.lax.bitcast_convert_type(value, unsigned).astype(jnp.uint32)
     weights = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):

@@ -82,7 +82,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         # What is rounded to 8 bits starts from the best there is.
         dtype = "float32" if chosen.dtype == "q8_0" else chosen.dtype
         found = dataclasses.replace(found, dtype=dtype)
-    model = weights.load(found, weights.make_mesh(found))
+    model = _restore(weights.load(found, weights.make_mesh(found)), chosen.merge)
     dtype = chosen.dtype or str(model.compute_dtype)
     if chosen.merge and _is_adapted(model):
         model = merge(model, dtype, chosen.tolerance)
@@ -91,6 +91,17 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     else:
         _write(model, output, dtype)
     print(f"wrote {found.describe()} to {output}")
+
+
+def _restore(model: Any, merges: bool) -> Any:
+    """A quantized model in full precision, unless an adapter alone is written."""
+    from fjft.checkpoint.quantizing import is_quantized, restore_weights
+
+    if not is_quantized(model) or (_is_adapted(model) and not merges):
+        return model
+    source = model.provenance.files.source
+    print(f"read the quantized weights in full precision again from {source}")
+    return restore_weights(model)
 
 
 def _check_output(output: Path, form: str) -> None:

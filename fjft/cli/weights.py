@@ -18,6 +18,7 @@ class Weights:
       source: The pretrained model, or the directory of a fully fine-tuned one.
       revision: Branch, tag or commit of a hub id.
       dtype: Type of weights and activations.
+      quantization: A key of `FORMATS` for linear maps that are not trained, or "".
       adapter: A PEFT directory to put on top, or None.
       step: The training checkpoint to take the trained weights from, or None.
       experiment: The config, where there is one.
@@ -26,6 +27,7 @@ class Weights:
     source: str
     revision: str = "main"
     dtype: str = "auto"
+    quantization: str = ""
     adapter: Path | None = None
     step: int | None = None
     experiment: Any = None
@@ -100,6 +102,7 @@ def choose(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> Weigh
         source=experiment.model.source,
         revision=experiment.model.revision,
         dtype=experiment.model.dtype,
+        quantization=experiment.model.quantization,
         adapter=adapter,
         step=chosen.step,
         experiment=experiment,
@@ -182,6 +185,7 @@ def load(weights: Weights, mesh: Any) -> Any:
         mesh=mesh,
         adapter=weights.adapter,
         revision=weights.revision,
+        quantization=weights.quantization,
     )
 
 
@@ -200,6 +204,7 @@ def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
         dtype=weights.dtype,
         mesh=mesh,
         seed=e.train.seed,
+        quantization=weights.quantization,
     )
     trainable = e.method.is_trainable(e.peft, model.provenance.sites)
     trained, frozen = tree.partition(tree.split(model)[1], trainable)

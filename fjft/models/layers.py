@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.attention import ATTENTION
+from fjft.models.quantized import Quantized
 
 Initializer = Callable[..., jax.Array]
 
@@ -71,6 +72,7 @@ class Linear(nnx.Module):
 
     Attributes:
       name: The attribute that holds this map in its block (`q`, `gate`, ...).
+      weight: A parameter, or what `quantize` put in its place, which reads as one.
       adapter: None, or a module that stands around the map: it is called as
         `adapter(linear, x, rng)` and gives what the map gives from then on.
     """
@@ -87,7 +89,7 @@ class Linear(nnx.Module):
         cutoff: float | None = None,
     ):
         self.name = name
-        self.weight = make(sizes, axes, normal(std, cutoff))
+        self.weight: Any = make(sizes, axes, normal(std, cutoff))
         self.bias = nnx.data(
             make(sizes[:1], axes[:1], jax.nn.initializers.zeros) if bias else None
         )
@@ -111,7 +113,18 @@ class Linear(nnx.Module):
 
     def product(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The map without its adapter and its bias."""
+        if isinstance(self.weight, Quantized):
+            return self.weight.product(x)
         return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+
+    def quantize(self, name: str) -> None:
+        """Puts codes and scales, all zero, in the weight's place.
+
+        Args:
+          name: A key of `quantized.FORMATS`.
+        """
+        if isinstance(self.weight, nnx.Param):
+            self.weight = nnx.data(Quantized(name, self.weight))
 
 
 def broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:

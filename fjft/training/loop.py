@@ -23,6 +23,7 @@ from fjft.checkpoint.source import open_model
 from fjft.data.dataset import load_examples
 from fjft.data.tokenize import show_example
 from fjft.errors import UserError
+from fjft.models.quantized import is_scale
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import read_architecture
 from fjft.programs import keep_programs
@@ -496,7 +497,8 @@ def _describe_devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def _describe_model(run: Run, state: TrainState) -> str:
-    trained, held = tree.count(state.params), tree.count(run.frozen)
+    numbers, _ = tree.partition(run.frozen, lambda path: not is_scale(path))
+    trained, held = tree.count(state.params), tree.count(numbers)
     share = run.num_trainable / (trained + held)
     gib = tree.num_bytes((run.frozen, state)) / 2**30
     return (

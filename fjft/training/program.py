@@ -18,6 +18,7 @@ from fjft import sharding, tree
 from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.pack import empty_batch
+from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.pretrained import Blueprint, draw_model, most_common_dtype
 from fjft.training import step as steps
@@ -91,6 +92,7 @@ def build_program(
         peft_config=e.peft,
         dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,
         mesh=mesh,
+        quantization=e.model.quantization,
     )
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)
@@ -171,7 +173,7 @@ def _flops_per_token(
         looked_up = path == "embedding.weight" and any(
             p.startswith("lm_head.") for p in (*trainable, *frozen)
         )
-        looked_up |= "positions" in axes[path]
+        looked_up |= "positions" in axes[path] or is_scale(path)
         return not looked_up and jnp.ndim(params[path]) >= 2
 
     return 6.0 * matrix_size(trainable) + 4.0 * matrix_size(frozen)

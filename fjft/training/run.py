@@ -113,6 +113,7 @@ def build_run(
         dtype=e.model.dtype,
         mesh=mesh,
         seed=e.train.seed,
+        quantization=e.model.quantization,
     )
     graphdef, params = tree.split(model)
     trainable, frozen = tree.partition(params, program.state_shapes.params.__contains__)

@@ -1,0 +1,169 @@
+"""Quantizes a checkpoint's linear maps while it is loaded, and reads them whole again.
+
+Tensor by tensor: the parts of one that the devices need are read, placed, quantized
+where they lie and stored in their layer of the stack. So neither the host nor a device
+ever holds more than one tensor in full precision.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fjft import tree
+from fjft.checkpoint.huggingface import Provenance, source_of_codes, stored_names
+from fjft.checkpoint.loading import load_params
+from fjft.checkpoint.source import ModelFiles
+from fjft.errors import UserError
+from fjft.models.layers import Linear
+from fjft.models.moe import ExpertMLPs
+from fjft.models.quantized import FORMATS, Parts, Quantized, check_divides
+from fjft.models.weights import Site, module_at
+
+
+def quantize_model(
+    model: Any,
+    sites: Sequence[Site],
+    quantization: str,
+    trainable: Callable[[str], bool],
+) -> None:
+    """Puts codes in the place of a model's linear maps; they hold no numbers yet.
+
+    Embeddings, norms, heads and what is trained stay as they are.
+
+    Args:
+      model: The model, abstract or not.
+      sites: Where a checkpoint's tensors lie in it.
+      quantization: A key of `FORMATS`.
+      trainable: Whether a path's parameter will be trained.
+
+    Raises:
+      UserError: There is nothing to quantize, or it cannot be.
+    """
+    if any(isinstance(m, ExpertMLPs) for _, m in nnx.iter_modules(model)):
+        raise UserError(
+            f"model.quantization={quantization!r}: most of this model are routed "
+            "experts, which are not quantized; leave model.quantization empty"
+        )
+    chosen = [site for site in sites if _is_linear(model, site)]
+    chosen = [site for site in chosen if not trainable(site.path)]
+    if not chosen:
+        raise UserError(
+            f"model.quantization={quantization!r}: all linear maps are trained, and "
+            "codes cannot be; leave model.quantization empty, or train an adapter "
+            "with peft.method=lora"
+        )
+    for site in chosen:
+        linear = module_at(model, site.module)
+        check_divides(quantization, site.path, linear.weight.shape)
+        linear.quantize(quantization)
+
+
+def _is_linear(model: Any, site: Site) -> bool:
+    if site.head or site.path == "lm_head.weight" or not site.path.endswith(".weight"):
+        return False
+    return isinstance(module_at(model, site.module), Linear)
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether any of the model's linear maps lie in codes."""
+    return any(isinstance(m, Quantized) for _, m in nnx.iter_modules(model))
+
+
+def load_quantized(
+    files: ModelFiles,
+    model: Any,
+    sites: Sequence[Site],
+    stored: Mapping[str, str],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> tree.Params:
+    """Reads and quantizes the linear maps of a quantized model.
+
+    Args:
+      files: The pretrained model.
+      model: The model, abstract.
+      sites: The weights that it holds in codes.
+      stored: The checkpoint's name of each tensor.
+      abstract: Shape, dtype and sharding of each parameter.
+    """
+    params = {}
+    for site in sites:
+        weight: Quantized = module_at(model, site.path)
+        shapes = {name: abstract[f"{site.path}.{name}"] for name in weight.part_names}
+        layout = tuple(shapes.items())
+        room, store = _make_room(layout)(), _make_store(weight.format, layout)
+        sharding = _of_matrix(shapes["codes"].sharding)
+        for name, place in site.tensors():
+            one = dataclasses.replace(site, hf_names=(name,), lead=())
+            dtype = files.tensors.dtype(stored[name])
+            full = jax.ShapeDtypeStruct(weight.shape[-2:], dtype)
+            loaded = load_params(
+                files, [one], stored, {site.path: full}, {site.path: sharding}
+            )
+            # The next tensor is read when this one's room is free again.
+            room = jax.block_until_ready(store(room, loaded[site.path], place))
+        params |= {f"{site.path}.{name}": part for name, part in room.items()}
+    return params
+
+
+def _of_matrix(sharding: NamedSharding) -> NamedSharding:
+    """How one matrix of a stack lies."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[-2:]))
+
+
+Layout = tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+
+
+@functools.cache
+def _make_room(layout: Layout) -> Callable[[], Parts]:
+    return jax.jit(
+        lambda: {name: jnp.zeros(s.shape, s.dtype) for name, s in layout},
+        out_shardings={name: s.sharding for name, s in layout},
+    )
+
+
+@functools.cache
+def _make_store(
+    form: str, layout: Layout
+) -> Callable[[Parts, jax.Array, tuple[int, ...]], Parts]:
+    """Makes the function that quantizes a matrix into its place in a stack."""
+
+    def store(room: Parts, full: jax.Array, place: tuple[Any, ...]) -> Parts:
+        parts = FORMATS[form].quantize(full)
+        return {name: room[name].at[place].set(part) for name, part in parts.items()}
+
+    shardings = {name: s.sharding for name, s in layout}
+    return jax.jit(store, donate_argnums=0, out_shardings=shardings)
+
+
+def restore_weights(model: Any) -> Any:
+    """The model with its linear maps in full precision, read again from its source.
+
+    The given model is left as it is; what has been trained is shared with it.
+
+    Raises:
+      UserError: The source is not there any more.
+    """
+    provenance: Provenance = model.provenance
+    files, whole = provenance.files, tree.merge(*tree.split(model))
+    stored = stored_names(files.tensors, provenance.sites)
+    for site in provenance.sites:
+        linear = module_at(whole, site.module)
+        weight = linear.weight if site.path.endswith(".weight") else None
+        if not isinstance(weight, Quantized):
+            continue
+        full = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        sharding = weight.codes[...].sharding
+        assert isinstance(sharding, NamedSharding)
+        with source_of_codes(files):
+            loaded = load_params(
+                files, [site], stored, {site.path: full}, {site.path: sharding}
+            )
+        linear.weight = nnx.Param(loaded[site.path], axes=weight.axes)
+    whole.provenance = provenance
+    return whole
