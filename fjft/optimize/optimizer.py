@@ -88,6 +88,7 @@ def make_optimizer(
     *,
     stack_axes: PerParameter[int] | None = None,
     muon_mask: PerParameter[bool] | None = None,
+    rates: PerParameter[float] | None = None,
 ) -> optax.GradientTransformation:
     """Makes the optimizer that `config` names, schedule and weight decay included.
 
@@ -106,6 +107,8 @@ def make_optimizer(
       muon_mask: False where a matrix is AdamW's and not Muon's; by default Muon has
         all matrices. Its author leaves embeddings and the vocabulary projection to
         AdamW, so a full fine-tuning should say so here.
+      rates: What each parameter's learning rate is multiplied by; by default 1. As in
+        torch's groups, weight decay goes with it.
 
     Returns:
       An optax transformation; `update` needs the parameters.
@@ -119,12 +122,22 @@ def make_optimizer(
             f"use one of {', '.join(OPTIMIZERS)}"
         )
     layout = _make_layout(decay_mask, stack_axes, muon_mask)
-    return transforms.in_float32(
-        optax.chain(
-            OPTIMIZERS[config.name](config, layout),
-            optax.scale_by_learning_rate(make_schedule(config, total_steps)),
-        )
-    )
+    parts = [
+        OPTIMIZERS[config.name](config, layout),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    ]
+    if rates is not None:
+        parts.append(_scale_each(rates))
+    return transforms.in_float32(optax.chain(*parts))
+
+
+def _scale_each(rates: PerParameter[float]) -> optax.GradientTransformation:
+    def scale(updates: Params, params: Params | None) -> Params:
+        del params
+        each = _spread(rates, updates)
+        return {path: update * each[path] for path, update in updates.items()}
+
+    return optax.stateless(scale)
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:

@@ -12,6 +12,10 @@ A method whose parameters start from the base's weights also has
 - `start(model, sites, config)`: called once the weights are there, and before an
   adapter is read from a file; sets its own parameters in place.
 
+One whose parameters do not all learn at one rate has
+
+- `rate(config, path, num_axes)`: what a parameter's learning rate is multiplied by.
+
 A method with a `PEFT_TYPE` also has `peft_config`, `peft_tensors` and `from_peft`, its
 file format in both directions, and may have `plain(model, sites, config)`, a model and
 options with which these describe what the given ones cannot.

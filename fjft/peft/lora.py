@@ -121,6 +121,18 @@ def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]
     return lambda path: path.endswith(trained) or path in whole
 
 
+def rate(config: Config, path: str, num_axes: int) -> float:
+    """What a trained parameter's learning rate is multiplied by, as by PEFT's LoRA+.
+
+    Args:
+      config: The options.
+      path: The parameter's.
+      num_axes: The number of axes that it has in one layer.
+    """
+    is_b = path.endswith(f"{ADAPTER}b")
+    return config.loraplus_lr_ratio if is_b or num_axes == 1 else 1.0
+
+
 def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> int:
     """The number of trained scalars, without the padding of unequal ranks."""
     total = 0

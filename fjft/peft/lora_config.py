@@ -25,6 +25,8 @@ class Config:
         weight itself, whose part they then are: `pissa` or, much faster,
         `pissa_niter_4` (Meng et al. 2024), or `olora` (Buyukakyuz 2024). What is
         saved is a plain LoRA of twice the rank, for the base as it was.
+      loraplus_lr_ratio: The learning rate of B, and of what is trained that has one
+        axis, over the optimizer's, which is A's (Hayou et al. 2024); 1 in plain LoRA.
       rank_pattern: Ranks of the modules that a regex means, instead of `r`.
       alpha_pattern: The same for `lora_alpha`.
       modules_to_save: A regex on names of modules that are trained whole; "" is none.
@@ -37,6 +39,7 @@ class Config:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = starts.DEFAULT
+    loraplus_lr_ratio: float = 1.0
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: str = ""
@@ -49,6 +52,11 @@ class Config:
             )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"peft.lora_dropout={self.lora_dropout} is not in [0, 1)")
+        if self.loraplus_lr_ratio <= 0:
+            raise UserError(
+                f"peft.loraplus_lr_ratio={self.loraplus_lr_ratio} is not positive; the "
+                "paper advises 2 to 16"
+            )
         if not starts.is_name(self.init_lora_weights):
             raise UserError(
                 f"peft.init_lora_weights={self.init_lora_weights!r} is unknown; use "

@@ -97,11 +97,19 @@ def build_program(
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)
     axes = tree.logical_axes(blueprint.model)
+    stack_axes = {path: _stack_axes(axes[path]) for path in trainable}
+    rates = None
+    if hasattr(e.method, "rate"):
+        rates = {
+            path: e.method.rate(e.peft, path, len(axes[path]) - stack_axes[path])
+            for path in trainable
+        }
     optimizer = make_optimizer(
         e.optimizer,
         total_steps,
-        stack_axes={path: _stack_axes(axes[path]) for path in trainable},
+        stack_axes=stack_axes,
         muon_mask={path: "vocab" not in axes[path] for path in trainable},
+        rates=rates,
     )
     state = abstract_state(trainable, optimizer, on_host=e.optimizer.offload)
     loss = _make_loss(e)
