@@ -188,3 +188,23 @@ def test_the_largest_singular_values_are_found_by_iteration():
 def test_a_start_that_cannot_be_had_is_refused(get_twins, options, message):
     with pytest.raises(UserError, match=message):
         tiny.build_model(get_twins(CASE).directory, lora, lora.Config(**options))
+
+
+def test_it_starts_from_the_values_of_a_quantized_base(get_twins):
+    """With the logits of that base, and lengths and factors of what its codes mean."""
+    directory = get_twins(CASE).directory
+    config = lora.Config(
+        **COMMON, **SOME, init_lora_weights="olora", use_dora=True, **PATTERNS
+    )
+    bare = tiny.build_model(directory, quantization="int8")
+    ours = tiny.build_model(directory, lora, config, quantization="int8")
+    ids = tiny.random_ids(2, 16)
+    expected = tiny.jit_apply(bare)(ids)
+    assert tiny.relative_error(tiny.jit_apply(ours)(ids), expected) < 1e-5
+    down = ours.layers.blocks[0].mlp.down
+    weight = np.asarray(down.weight[...], np.float32)
+    lengths = np.linalg.norm(weight, axis=-1)
+    assert tiny.relative_error(down.adapter.magnitude[...], lengths) < 1e-5
+    rows = np.asarray(down.adapter.a[...])[0]
+    basis = np.asarray(down.adapter.b[...])[0]
+    assert tiny.relative_error(rows, basis.T @ weight[0]) < 1e-5
