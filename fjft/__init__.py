@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fjft.adapters import combine_adapters, load_adapters, set_adapters
     from fjft.build import load_config
     from fjft.checkpoint.adapter import merge_adapter, save_adapter
     from fjft.checkpoint.huggingface import save_model
@@ -15,25 +16,31 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UserError",
+    "combine_adapters",
     "generate",
+    "load_adapters",
     "load_config",
     "load_model",
     "merge_adapter",
     "plan",
     "save_adapter",
     "save_model",
+    "set_adapters",
     "train",
 ]
 
 _HOMES = {
     "UserError": "fjft.errors",
+    "combine_adapters": "fjft.adapters",
     "generate": "fjft.generation.decode",
+    "load_adapters": "fjft.adapters",
     "load_config": "fjft.build",
     "load_model": "fjft.pretrained",
     "merge_adapter": "fjft.checkpoint.adapter",
     "plan": "fjft.planning.planner",
     "save_adapter": "fjft.checkpoint.adapter",
     "save_model": "fjft.checkpoint.huggingface",
+    "set_adapters": "fjft.adapters",
     "train": "fjft.training.loop",
 }
 

@@ -14,7 +14,7 @@ FLOORS = {
     1: "errors options sources tree sharding telemetry telemetry_plot telemetry_speed "
     "programs models objectives optimize",
     2: "data peft checkpoint generation",
-    3: "build pretrained evaluate",
+    3: "adapters build pretrained evaluate",
     4: "training",
     5: "planning",
     6: "cli",
