@@ -16,6 +16,10 @@ One whose parameters do not all learn at one rate has
 
 - `rate(config, path, num_axes)`: what a parameter's learning rate is multiplied by.
 
+One that does more than follow the objective's gradient also has
+
+- `step_rule(model, sites, config, total_steps)`: the `StepRule` that says what.
+
 A method with a `PEFT_TYPE` also has `peft_config`, `peft_tensors` and `from_peft`, its
 file format in both directions, and may have `plain(model, sites, config)`, a model and
 options with which these describe what the given ones cannot.

@@ -2,9 +2,10 @@
 
 import types
 
-from fjft.peft import full, last_layers, lora, p_tuning, prefix, prompt
+from fjft.peft import adalora, full, last_layers, lora, p_tuning, prefix, prompt
 
 METHODS: dict[str, types.ModuleType] = {
+    "adalora": adalora,
     "full": full,
     "last_layers": last_layers,
     "lora": lora,

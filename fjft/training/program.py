@@ -20,6 +20,7 @@ from fjft.checkpoint.source import ModelInfo
 from fjft.data.pack import empty_batch
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
+from fjft.peft.rule import StepRule
 from fjft.pretrained import Blueprint, draw_model, most_common_dtype
 from fjft.training import step as steps
 from fjft.training.state import TrainState, abstract_state
@@ -38,6 +39,7 @@ class Program:
       state_shapes: Shape, dtype and sharding of each array that a step changes.
       frozen_shapes: The same of each parameter that is only read.
       optimizer: What turns gradients into updates.
+      rule: What the method adds to the step, or None.
       train_step: `(state, frozen, batch) -> (state, metrics)`, compiled when called.
       eval_step: `(params, frozen, batch) -> sums`.
       schedule: Step -> learning rate.
@@ -52,6 +54,7 @@ class Program:
     state_shapes: TrainState
     frozen_shapes: dict[str, jax.ShapeDtypeStruct]
     optimizer: optax.GradientTransformation
+    rule: StepRule | None
     train_step: Any
     eval_step: Any
     schedule: Callable[[Any], Any]
@@ -111,7 +114,10 @@ def build_program(
         muon_mask={path: "vocab" not in axes[path] for path in trainable},
         rates=rates,
     )
-    state = abstract_state(trainable, optimizer, on_host=e.optimizer.offload)
+    rule = None
+    if hasattr(e.method, "step_rule"):
+        rule = e.method.step_rule(blueprint.model, blueprint.sites, e.peft, total_steps)
+    state = abstract_state(trainable, optimizer, rule, on_host=e.optimizer.offload)
     loss = _make_loss(e)
     train_step = steps.make_train_step(
         blueprint.graphdef,
@@ -119,12 +125,14 @@ def build_program(
         optimizer,
         accumulation_steps=e.train.accumulation_steps,
         max_grad_norm=e.optimizer.max_grad_norm,
+        rule=rule,
     )
     return Program(
         blueprint=blueprint,
         state_shapes=state,
         frozen_shapes=frozen,
         optimizer=optimizer,
+        rule=rule,
         train_step=steps.jit_train_step(train_step, state, mesh),
         eval_step=jax.jit(steps.make_eval_step(blueprint.graphdef, loss)),
         schedule=make_schedule(e.optimizer, total_steps),

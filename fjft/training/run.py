@@ -128,6 +128,7 @@ def build_run(
         trainable,
         program.optimizer,
         e.train.seed,
+        program.rule,
         on_host=e.optimizer.offload,
     )
 

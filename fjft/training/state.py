@@ -1,6 +1,7 @@
 """What one optimizer step changes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fjft import tree
+from fjft.peft.rule import StepRule
 
 
 @jax.tree_util.register_dataclass
@@ -21,18 +23,21 @@ class TrainState:
       params: The trainable parameters, float32, by path.
       opt_state: The optimizer's moments, as optax keeps them.
       rng: Uint32 key data, from which each step derives its own key.
+      rule: What the method's own rule keeps from step to step; of most, nothing.
     """
 
     step: jax.Array
     params: tree.Params
     opt_state: Any
     rng: jax.Array
+    rule: Any
 
 
 def init_state(
     params: tree.Params,
     optimizer: optax.GradientTransformation,
     seed: int,
+    rule: StepRule | None = None,
     *,
     on_host: bool = False,
 ) -> TrainState:
@@ -41,7 +46,7 @@ def init_state(
         path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
         for path, p in params.items()
     }
-    abstract = abstract_state(shapes, optimizer, on_host=on_host)
+    abstract = abstract_state(shapes, optimizer, rule, on_host=on_host)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(
@@ -49,12 +54,14 @@ def init_state(
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
         rng=jax.device_put(key, shardings.rng),
+        rule=jax.jit(rule.init, out_shardings=shardings.rule)(params) if rule else {},
     )
 
 
 def abstract_state(
     params: dict[str, jax.ShapeDtypeStruct],
     optimizer: optax.GradientTransformation,
+    rule: StepRule | None = None,
     *,
     on_host: bool = False,
 ) -> TrainState:
@@ -63,6 +70,7 @@ def abstract_state(
     Args:
       params: Those of the trainable parameters.
       optimizer: Whose moments these are.
+      rule: What the method adds to the step, or None.
       on_host: Keeps moments in the hosts' memory between steps.
     """
     sharding = next(iter(params.values())).sharding
@@ -72,19 +80,20 @@ def abstract_state(
     shapes: dict[str, Any] = {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         "params": params,
-        "opt_state": _abstract_opt_state(params, optimizer, everywhere, on_host),
+        "opt_state": _lay_out(optimizer.init, params, everywhere, on_host),
         "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+        "rule": _lay_out(rule.init, params, everywhere, False) if rule else {},
     }
     return TrainState(**shapes)
 
 
-def _abstract_opt_state(
+def _lay_out(
+    init: Callable[[tree.Params], Any],
     params: dict[str, jax.ShapeDtypeStruct],
-    optimizer: optax.GradientTransformation,
     everywhere: NamedSharding,
     on_host: bool,
 ) -> Any:
-    """The optimizer's arrays.
+    """The arrays that `init` makes for the parameters.
 
     A moment of a parameter's shape lies as the parameter does; anything smaller
     (counts, factored moments) is on every device.
@@ -100,5 +109,5 @@ def _abstract_opt_state(
                 sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    shapes = jax.eval_shape(optimizer.init, params)
+    shapes = jax.eval_shape(init, params)
     return jax.tree_util.tree_map_with_path(place, shapes)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fjft import tree
 from fjft.optimize.optimizer import apply_updates, clip_by_global_norm
+from fjft.peft.rule import StepRule
 from fjft.sharding import constrain
 from fjft.training.state import TrainState
 
@@ -46,6 +47,7 @@ def make_train_step(
     *,
     accumulation_steps: int,
     max_grad_norm: float,
+    rule: StepRule | None = None,
 ) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, StepMetrics]]:
     """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
@@ -59,6 +61,7 @@ def make_train_step(
       optimizer: What turns gradients into updates; its state is in the train state.
       accumulation_steps: Microbatches a batch.
       max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them.
+      rule: What the method adds; most add nothing.
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, rng: _with_sums(
@@ -79,6 +82,9 @@ def make_train_step(
 
         sums, grads = _sum_over(microstep, batch, accumulation_steps)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+        if rule is not None:
+            penalty = jax.grad(rule.penalty)(state.params)
+            grads = jax.tree.map(jnp.add, grads, penalty)
         grads, grad_norm = clip_by_global_norm(grads, max_grad_norm)
         # Moments may lie in the host's memory; where they do not, this does nothing.
         moments = jax.device_put(state.opt_state, jax.memory.Space.Device)
@@ -88,12 +94,16 @@ def make_train_step(
         # shows in the loss.
         for update in jax.tree.leaves(updates):
             is_finite &= jnp.all(jnp.isfinite(update))
-        new = apply_updates(state.params, updates), opt_state
+        params, rule_state = apply_updates(state.params, updates), state.rule
+        if rule is not None:
+            rule_state, params = rule.after_update(
+                rule_state, params, grads, state.step
+            )
         # A step that went wrong leaves no trace in what will be saved.
-        params, opt_state = jax.tree.map(
+        params, opt_state, rule_state = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
-            new,
-            (state.params, moments),
+            (params, opt_state, rule_state),
+            (state.params, moments, state.rule),
         )
         metrics = StepMetrics(
             loss_sum=sums.loss,
@@ -103,7 +113,8 @@ def make_train_step(
             grad_norm=grad_norm,
             is_finite=is_finite,
         )
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        new = TrainState(state.step + 1, params, opt_state, state.rng, rule_state)
+        return new, metrics
 
     return train_step
 

@@ -118,9 +118,24 @@ def _virtual(
 
 
 _CAUSAL, _SEQ2SEQ = {"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_2_SEQ_LM"}
+_ADALORA = {
+    "init_r": 3,
+    "target_r": 2,
+    "lora_alpha": 7,
+    "orth_reg_weight": 0.0,
+    "target_modules": r".*\.(q_proj|down_proj)",
+}
 
 # Key of `METHODS` -> variant -> case.
 CASES: dict[str, dict[str, Case]] = {
+    # The penalty and the budget are in test_adalora.py.
+    "adalora": {
+        "unpruned": Case(
+            base=TIED,
+            options=_ADALORA,
+            make_theirs=by_peft(peft.AdaLoraConfig, total_step=100, **_ADALORA),
+        ),
+    },
     "full": {
         "llama": Case(
             base=UNTIED,
