@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 
 import jax
 
@@ -203,8 +204,8 @@ def _tpu_devices(name: str, chip: str, chips: int, slices: int) -> list:
             f"to plan for {name} without a TPU its compiler is needed, which runs on "
             "any Linux machine: pip install 'fjft[plan]'"
         )
-    if jax.default_backend() != "tpu":
-        # Otherwise libtpu asks the network what machine this is, and complains.
+    if not _has_tpu():
+        # Otherwise libtpu asks the network what machine this is, and waits for it.
         for variable, value in _NO_MACHINE.items():
             os.environ.setdefault(variable, value)
     options: dict = {}
@@ -226,6 +227,12 @@ def _tpu_devices(name: str, chip: str, chips: int, slices: int) -> list:
             f"target {name!r}: libtpu has no {layout} ({first}); another libtpu may"
         ) from error
     return list(found.devices)
+
+
+def _has_tpu() -> bool:
+    """Whether chips are plugged into this machine; asked of the kernel, not of JAX."""
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips)
 
 
 def _present() -> Target:

@@ -125,6 +125,8 @@ def advise(planner: Planner) -> Iterator[Tried]:
         candidates.append({"data.max_length": get("data.max_length", 1024) // 2})
     if get("model.dtype", "bfloat16") == "float32":
         candidates.append({"model.dtype": "bfloat16"})
+    if not get("optimizer.offload", False):
+        candidates.append({"optimizer.offload": True})
     if get("optimizer.name", "adamw") == "adamw":
         candidates.append({"optimizer.name": "adafactor"})
     if get("peft.method", "full") == "full":
