@@ -161,43 +161,64 @@ class Text:
 
     def _touched(self, i: Instruction, shapes: dict[str, str]) -> float:
         """Bytes that an instruction reads and writes."""
-        inside = []
-        if i.operation == "fusion" and (called := _CALLED.search(i.rest)):
-            inside = self._computations.get(called[1], [])
+        inside = self._called(i)
         if i.operation in ("dynamic-slice", "slice", "gather"):
             return 2.0 * _nbytes(i.shape)
         if i.operation == "dynamic-update-slice":
             return 2.0 * _nbytes(shapes.get(i.operands[1], ""))
         if i.operation.endswith("-start"):
             return 2.0 * sum(_nbytes(shapes.get(name, "")) for name in i.operands)
-        total = float(_written(i, inside))
-        parameters = [j for j in inside if j.operation == "parameter"]
-        by_number = {int(p.operands[0]): p.name for p in parameters if p.operands}
+        root = next((j for j in inside if j.is_root), i)
+        # What is given may lie on the chip, which only the caller's shape says.
+        total = float(min(self._written(root, inside), _nbytes(i.shape)))
         for number, operand in enumerate(i.operands):
-            total += _read(shapes.get(operand, ""), by_number.get(number), inside)
+            parameter = _parameter(inside, number)
+            total += self._read(shapes.get(operand, ""), parameter, inside)
         return total
 
+    def _written(self, i: Instruction, inside: list[Instruction]) -> int:
+        """Bytes of what a fusion gives; an update of a part in place writes a part."""
+        by_name = {j.name: j for j in inside}
+        given = [by_name[name] for name in i.operands if name in by_name]
+        if i.operation == "dynamic-update-slice":
+            return _nbytes(given[1].shape)
+        if i.operation in ("bitcast", "tuple") and given:
+            return sum(self._written(j, inside) for j in given)
+        nested = self._called(i) if by_name else []
+        root = next((j for j in nested if j.is_root), None)
+        return _nbytes(i.shape) if root is None else self._written(root, nested)
 
-def _written(i: Instruction, inside: list[Instruction]) -> int:
-    """An update of a part in place writes that part."""
-    root = next((j for j in inside if j.is_root), None)
-    if root is not None and root.operation == "dynamic-update-slice":
-        return _nbytes({j.name: j.shape for j in inside}.get(root.operands[1], ""))
-    return _nbytes(i.shape)
+    def _read(self, shape: str, name: str | None, inside: list[Instruction]) -> int:
+        """Bytes that a fusion reads of an operand: all, or the slices that it takes."""
+        whole, taken = _nbytes(shape), 0
+        for j in inside:
+            if name is None or name not in j.operands:
+                continue
+            is_sliced = j.operands[0] == name
+            if j.operation == "dynamic-slice" and is_sliced:
+                taken += _nbytes(j.shape)
+            elif j.operation == "bitcast":
+                taken += self._read(shape, j.name, inside)
+            elif j.operation == "fusion":
+                nested = self._called(j)
+                parameter = _parameter(nested, j.operands.index(name))
+                taken += self._read(shape, parameter, nested)
+            elif j.operation != "dynamic-update-slice" or not is_sliced:
+                return whole
+        return min(taken, whole) if inside else whole
+
+    def _called(self, i: Instruction) -> list[Instruction]:
+        """The instructions that a fusion stands for."""
+        called = _CALLED.search(i.rest) if i.operation == "fusion" else None
+        return self._computations.get(called[1], []) if called else []
 
 
-def _read(shape: str, parameter: str | None, inside: list[Instruction]) -> int:
-    """What a fusion reads of an operand: all, or the slices that it takes."""
-    if parameter is None:
-        return _nbytes(shape)
-    users = [j for j in inside if parameter in j.operands]
-    if users and all(
-        j.operation in ("dynamic-slice", "dynamic-update-slice")
-        and j.operands[0] == parameter
-        for j in users
-    ):
-        return sum(_nbytes(j.shape) for j in users if j.operation == "dynamic-slice")
-    return _nbytes(shape)
+def _parameter(inside: list[Instruction], number: int) -> str | None:
+    """The name of a computation's parameter."""
+    for i in inside:
+        if i.operation == "parameter" and i.operands == (str(number),):
+            return i.name
+    return None
 
 
 def _parse(name: str, text: str, *, is_root: bool) -> Instruction | None:

@@ -33,11 +33,30 @@ HloModule jit_f, is_scheduled=true
   ROOT %s = f32[1,8]{1,0} dynamic-slice(%a, %b, %zero), dynamic_slice_sizes={1,8}
 }
 
+%nested (c: f32[5,8], d: s32[]) -> f32[1,8] {
+  %c = f32[5,8]{1,0} parameter(0)
+  %d = s32[] parameter(1)
+  %cast = f32[5,8]{1,0} bitcast(%c)
+  %inner = f32[1,8]{1,0} fusion(%cast, %d), kind=kLoop, calls=%slice
+  ROOT %twice = f32[1,8]{1,0} add(%inner, %inner)
+}
+
+%update (e: f32[5,8], g: f32[1,8], h: s32[]) -> f32[5,8] {
+  %e = f32[5,8]{1,0} parameter(0)
+  %g = f32[1,8]{1,0} parameter(1)
+  %h = s32[] parameter(2)
+  %zero3 = s32[] constant(0)
+  %u = f32[5,8]{1,0} dynamic-update-slice(%e, %g, %h, %zero3)
+  ROOT %ub = f32[5,8]{1,0} bitcast(%u)
+}
+
 ENTRY %main (x0: f32[8], stack: f32[5,8], k: s32[]) -> f32[8] {
   %x0 = f32[8]{0} parameter(0)
   %stack = f32[5,8]{1,0} parameter(1)
   %k = s32[] parameter(2)
   %f = f32[1,8]{1,0} fusion(%stack, %k), kind=kLoop, calls=%slice
+  %n2 = f32[1,8]{1,0} fusion(%stack, %k), kind=kLoop, calls=%nested
+  %up = f32[5,8]{1,0} fusion(%stack, %n2, %k), kind=kLoop, calls=%update
   %on_chip = f32[8]{0:T(128)S(1)} copy(%x0)
   %zero2 = s32[] constant(0)
   %t0 = (s32[], f32[8]{0}) tuple(%zero2, %x0)
@@ -50,9 +69,10 @@ ENTRY %main (x0: f32[8], stack: f32[5,8], k: s32[]) -> f32[8] {
 def test_a_loop_counts_every_turn_and_a_slice_only_itself():
     in_loop = 5 * 3 * 32
     sliced = 32 + 32 + 4  # what is read of the stack, what is written, the index
+    updated = 32 + 32 + 4  # of the stack nothing is read and one row written
     copied = 32  # what lies on the chip is free
     measured = hlo.Text(LOOP).measure()
-    assert measured.memory_bytes == in_loop + sliced + copied
+    assert measured.memory_bytes == in_loop + 2 * sliced + updated + copied
     assert measured.collective_bytes == {}
 
 
