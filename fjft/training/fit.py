@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from fjft import tree
 from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.errors import UserError
@@ -138,7 +139,9 @@ def needed_bytes(message: str) -> int | None:
 def device_bytes(arrays: Any) -> int:
     """Bytes of a tree of shapes on one device; what lies on the host is none."""
     return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        tree.num_bits(leaf.dtype)
+        * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        // 8
         for leaf in jax.tree.leaves(arrays)
         if leaf.sharding.memory_kind != "pinned_host"
     )
