@@ -1,25 +1,28 @@
-"""The README's table of families is what the tables of contents and the tests say.
+"""The README's tables are what the tables of contents and the tests say.
 
     python tests/test_readme.py
 
 writes it anew.
 """
 
+import functools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fjft.models.families import FAMILIES
 from fjft.models.heads import ENCODER_HEADS
+from fjft.peft.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"
 
 # What a column promises -> the tests of which one must take the family by name.
-COLUMNS = {
+FAMILY_COLUMNS = {
     "logits": (
         "test_logits_equal_torch",
         "test_outputs_equal_torch_plain_and_padded",
@@ -56,9 +59,27 @@ COLUMNS = {
     ),
 }
 
+# The same for methods, whose tests are `test_battery.py`; a part of what a test's name
+# says in brackets stands behind a colon.
+METHOD_COLUMNS = {
+    "decoders": ("test_loss_and_gradients:decoder",),
+    "encoders": ("test_loss_and_gradients:encoder",),
+    "encoder-decoders": ("test_loss_and_gradients:encoder-decoder",),
+    "starts": ("test_it_starts_as_peft_and_as_the_bare_model",),
+    "gradients": ("test_loss_and_gradients",),
+    "20 steps": ("test_twenty_steps_of_training",),
+    "merges": ("test_merged_equals_adapted",),
+    "PEFT files": ("test_files_go_to_peft_and_back",),
+    "whole model": ("test_files_go_to_transformers_and_back",),
+    "Orbax": ("test_orbax_gives_back_what_it_was_given",),
+    "sharded": ("test_sharded_equals_one_device",),
+    "bf16 base": ("test_what_is_trained_is_float32_over_a_bfloat16_base",),
+}
 
+
+@functools.cache
 def collected() -> list[str]:
-    """The ids of all tests that take families."""
+    """The ids of all tests that take families or methods."""
     folders = [f"tests/{name}" for name in ("models", "generation", "peft")]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -88,23 +109,58 @@ def heads(family: object) -> str:
     return "encoder heads" if known == ENCODER_HEADS else ", ".join(known)
 
 
-def table() -> str:
-    """The table in Markdown."""
-    title = ["`model_type`", "file", "heads", *COLUMNS]
-    lines = [title, ["---"] * len(title)]
+def families() -> str:
+    """The table of families in Markdown."""
+    rows = [["`model_type`", "file", "heads", *FAMILY_COLUMNS]]
     for name, tests in verified().items():
         file = FAMILIES[name].__name__.rpartition(".")[2]
-        cells = ["✓" if tests & set(need) else "" for need in COLUMNS.values()]
-        lines.append([f"`{name}`", f"`{file}.py`", heads(FAMILIES[name]), *cells])
+        cells = _ticks(tests, FAMILY_COLUMNS)
+        rows.append([f"`{name}`", f"`{file}.py`", heads(FAMILIES[name]), *cells])
+    return _markdown(rows)
+
+
+def methods() -> str:
+    """The table of methods in Markdown."""
+    tests: dict[str, set[str]] = {name: set() for name in METHODS}
+    battery = re.compile(r"test_battery\.py::(\w+)\[(\w+)/[^/]*/([\w-]+)\]")
+    for test, method, kind in battery.findall("\n".join(collected())):
+        tests[method] |= {test, f"{test}:{kind}"}
+    rows = [["`peft.method`", "file", "PEFT's type", *METHOD_COLUMNS]]
+    for name, method in METHODS.items():
+        file = method.__name__.rpartition(".")[2]
+        kind = f"`{method.PEFT_TYPE}`" if method.PEFT_TYPE else ""
+        cells = _ticks(tests[name], METHOD_COLUMNS)
+        rows.append([f"`{name}`", f"`{file}.py`", kind, *cells])
+    return _markdown(rows)
+
+
+def _ticks(tests: set[str], columns: dict[str, tuple[str, ...]]) -> list[str]:
+    return ["✓" if tests & set(need) else "" for need in columns.values()]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def test_the_table_of_families_is_up_to_date():
-    _, _, rest = README.read_text("utf-8").partition(BEGIN)
-    written = rest.partition(END)[0]
-    assert written == table(), "run: python tests/test_readme.py"
+TABLES = {"families": families, "methods": methods}
+
+
+def parts(text: str, name: str) -> list[str]:
+    """What stands before a table in a text, the table, and what stands behind it."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(begin)
+    table, _, after = rest.partition(end)
+    return [before + begin, table, end + after]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_up_to_date(name):
+    _, written, _ = parts(README.read_text("utf-8"), name)
+    assert written == TABLES[name](), "run: python tests/test_readme.py"
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text("utf-8").partition(BEGIN)
-    README.write_text(before + BEGIN + table() + END + rest.partition(END)[2], "utf-8")
+    for name, table in TABLES.items():
+        before, _, after = parts(README.read_text("utf-8"), name)
+        README.write_text(before + table() + after, "utf-8")

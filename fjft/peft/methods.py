@@ -2,7 +2,19 @@
 
 import types
 
-from fjft.peft import adalora, full, last_layers, lora, p_tuning, prefix, prompt
+from fjft.peft import (
+    adalora,
+    bitfit,
+    full,
+    ia3,
+    last_layers,
+    layer_norm,
+    lora,
+    p_tuning,
+    prefix,
+    prompt,
+    select,
+)
 
 METHODS: dict[str, types.ModuleType] = {
     "adalora": adalora,
@@ -12,4 +24,8 @@ METHODS: dict[str, types.ModuleType] = {
     "p_tuning": p_tuning,
     "prefix": prefix,
     "prompt": prompt,
+    "ia3": ia3,
+    "layer_norm": layer_norm,
+    "bitfit": bitfit,
+    "select": select,
 }

@@ -20,17 +20,8 @@ def paths(pattern: str, sites: Sequence[Site]) -> frozenset[str]:
             "embeddings to its output head, and PEFT would load them into one of the "
             "two; train such a model with peft.method=full"
         )
-    found_paths = set()
-    for site in sites:
-        found = sum(m in chosen for m in site.hf_modules)
-        if found not in (0, len(site.hf_modules)):
-            raise UserError(
-                f"peft.modules_to_save={pattern!r} means some layers of "
-                f"{site.path} and not others; name all of them or use rank_pattern"
-            )
-        if found:
-            found_paths.add(site.path)
-    return frozenset(found_paths)
+    found = targets.whole_stacks(chosen, sites, f"peft.modules_to_save={pattern!r}")
+    return frozenset(site.path for site in found)
 
 
 def modules(pattern: str, sites: Sequence[Site]) -> dict[str, str]:

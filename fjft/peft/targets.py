@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -55,13 +55,16 @@ def matches(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
-def select(pattern: str, names: Sequence[str], option: str) -> set[str]:
-    """The module names that `pattern` means.
+def select(
+    pattern: str, names: Sequence[str], option: str, what: str = "module"
+) -> set[str]:
+    """The names that `pattern` means.
 
     Args:
       pattern: A regex, or `all-linear` for every name but `lm_head`.
       names: What could match.
       option: The config key, for the error.
+      what: What has these names, for the error.
 
     Raises:
       UserError: The regex is broken or matches nothing; lists what could match.
@@ -75,7 +78,7 @@ def select(pattern: str, names: Sequence[str], option: str) -> set[str]:
     if not found:
         could = sorted({name.rpartition(".")[2] for name in names})
         raise UserError(
-            f"{option}={pattern!r} matches no module; module names end in {could}, "
+            f"{option}={pattern!r} matches no {what}; {what} names end in {could}, "
             f"for example {names[0]!r}"
         )
     return found
@@ -107,6 +110,45 @@ def select_linears(pattern: str, linears: Sequence[Site]) -> set[str]:
     return chosen
 
 
+def whole_stacks(
+    chosen: Collection[str],
+    sites: Iterable[Site],
+    option: str,
+    names_of: Callable[[Site], Sequence[str]] = lambda site: site.hf_modules,
+) -> list[Site]:
+    """The sites of chosen modules, whose stacks must be chosen whole.
+
+    Args:
+      chosen: Names.
+      sites: Where they may lie.
+      option: The config key that chose them, for the error.
+      names_of: The names that a site has, by default those of its modules.
+
+    Raises:
+      UserError: Some layers of a stack are chosen and others are not.
+    """
+    found = []
+    for site in sites:
+        inside = [name in chosen for name in names_of(site)]
+        if any(inside) and not all(inside):
+            raise UserError(
+                f"{option} means some layers of {site.path} and not others, which "
+                "this program trains together; name all of them, or train the last "
+                "ones with peft.method=last_layers"
+            )
+        if any(inside):
+            found.append(site)
+    return found
+
+
+def short_names(modules: Collection[str], sites: Iterable[Site]) -> list[str]:
+    """Names of modules for a list of PEFT's: the last parts, if they mean no others."""
+    leaves = {name.rpartition(".")[2] for name in modules}
+    every = {name for site in sites for name in site.hf_modules}
+    same = {name for name in every if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if same == set(modules) else modules)
+
+
 def peft_names(
     adapted: Sequence[str], model: nnx.Module, sites: Sequence[Site]
 ) -> list[str]:
@@ -114,14 +156,7 @@ def peft_names(
 
     The last parts alone, `["q_proj", "v_proj"]`, if they mean no other linear map.
     """
-    leaves = {name.rpartition(".")[2] for name in adapted}
-    same_leaves = {
-        m
-        for s in linear_sites(model, sites)
-        for m in s.hf_modules
-        if m.rpartition(".")[2] in leaves
-    }
-    return sorted(leaves if same_leaves == set(adapted) else adapted)
+    return short_names(adapted, linear_sites(model, sites))
 
 
 def lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

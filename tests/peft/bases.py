@@ -137,11 +137,18 @@ def _seq2seq(case: str, directory: Path) -> Base:
     return _labelled(twin, directory, inputs, (T, twin.config.vocab_size))
 
 
+KINDS = {
+    "decoder": (tiny.CASES, _decoder),
+    "encoder": (tiny_encoders.CASES, _encoder),
+    "encoder-decoder": (tiny_seq2seq.CASES, _seq2seq),
+}
+
+
+def kind(case: str) -> str:
+    """The kind of model that `family/variant`, or `family/variant/head`, is."""
+    return next(name for name, (cases, _) in KINDS.items() if case in cases)
+
+
 def make_base(case: str, directory: Path) -> Base:
-    """The base model of `family/variant`, or `family/variant/head`."""
-    kinds = (
-        (tiny.CASES, _decoder),
-        (tiny_encoders.CASES, _encoder),
-        (tiny_seq2seq.CASES, _seq2seq),
-    )
-    return next(make for cases, make in kinds if case in cases)(case, directory)
+    """Saves the torch model of a case."""
+    return KINDS[kind(case)][1](case, directory)

@@ -13,6 +13,8 @@ import peft
 import peft_twins
 import torch
 
+from fjft.peft.methods import METHODS
+
 UNTIED, TIED = "llama/llama3-rope-biases", "qwen2/no-window-tied"
 CLASSIFIER = "bert/tanh-gelu/sequence_classification"
 T5 = "t5/gated-own-head"
@@ -242,14 +244,93 @@ CASES: dict[str, dict[str, Case]] = {
             {"num_transformer_submodules": 2},
         ),
     },
+    "ia3": {
+        "llama": Case(
+            base=UNTIED,
+            options={},
+            make_theirs=by_peft(
+                peft.IA3Config,
+                target_modules=["k_proj", "v_proj", "down_proj"],
+                feedforward_modules=["down_proj"],
+            ),
+        ),
+        "classifier": Case(
+            base=CLASSIFIER,
+            options={
+                "target_modules": r"layer\.[02]\.output\.dense|key",
+                "modules_to_save": "classifier",
+            },
+            make_theirs=by_peft(
+                peft.IA3Config,
+                target_modules=r".*(layer\.[02]\.output\.dense|key)",
+                feedforward_modules=r".*output\.dense",
+                modules_to_save=["classifier"],
+                task_type="SEQ_CLS",
+            ),
+        ),
+    },
+    "layer_norm": {
+        "llama": Case(
+            base=UNTIED,
+            options={},
+            make_theirs=by_peft(peft.LNTuningConfig, target_modules=".*norm"),
+        ),
+        "classifier": Case(
+            base=CLASSIFIER,
+            options={
+                "target_modules": "attention.*LayerNorm",
+                "modules_to_save": "classifier",
+            },
+            make_theirs=by_peft(
+                peft.LNTuningConfig,
+                target_modules=".*attention.*LayerNorm",
+                modules_to_save=["classifier"],
+                task_type="SEQ_CLS",
+            ),
+        ),
+    },
+    "bitfit": {
+        "llama": Case(
+            base=UNTIED,
+            options={},
+            make_theirs=by_names(lambda name: name.endswith(".bias")),
+            trained=peft_twins.trained_by_torch,
+        ),
+        "classifier": Case(
+            base=CLASSIFIER,
+            options={"modules_to_save": "classifier"},
+            make_theirs=by_names(
+                lambda name: name.endswith(".bias") or name.startswith("classifier")
+            ),
+            trained=peft_twins.trained_by_torch,
+        ),
+    },
+    "select": {
+        "mlp-and-head": Case(
+            base=UNTIED,
+            options={"parameters": r"mlp\..*|lm_head\.weight"},
+            make_theirs=by_names(lambda name: "mlp" in name or "lm_head" in name),
+            trained=peft_twins.trained_by_torch,
+        ),
+    },
 }
-IDS = [f"{method}/{variant}" for method, cases in CASES.items() for variant in cases]
+IDS = [
+    f"{method}/{variant}/{bases.kind(case.base)}"
+    for method, cases in CASES.items()
+    for variant, case in cases.items()
+]
 
 
 def get_case(name: str) -> tuple[str, Case]:
-    """The method's key and the case of `method/variant`."""
-    method, _, variant = name.partition("/")
+    """The method's key and the case of `method/variant/kind`."""
+    method, variant, _ = name.split("/")
     return method, CASES[method][variant]
+
+
+# Every method's first.
+FIRST = [next(i for i in IDS if i.startswith(f"{method}/")) for method in CASES]
+WITH_FILES = [i for i in IDS if METHODS[get_case(i)[0]].PEFT_TYPE]
+MERGED = [i for i in WITH_FILES if get_case(i)[1].merges]
 
 
 def make_theirs(case: Case, base: bases.Base, seed: int = 0) -> Any:
