@@ -66,10 +66,11 @@ def compile_step(
     traced = program.train_step.trace(
         program.state_shapes, program.frozen_shapes, batch
     )
+    trained = device_bytes(program.state_shapes.params)
     parts = {
         "frozen weights": device_bytes(program.frozen_shapes),
-        "trained weights": device_bytes(program.state_shapes.params),
-        "optimizer": device_bytes(program.state_shapes.opt_state),
+        "trained weights": trained,
+        "optimizer": device_bytes(program.state_shapes) - trained,
         "batch": device_bytes(batch),
     }
     static, compiled, fits = sum(parts.values()), None, False
