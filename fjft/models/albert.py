@@ -21,7 +21,7 @@ from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Architecture, Block, Dropout
 from fjft.models.encoder_head import Plan
 from fjft.models.fields import Fields
-from fjft.models.layers import ACTIVATIONS, REMAT_POLICIES, Maker, Stack
+from fjft.models.layers import ACTIVATIONS, REMAT_POLICIES, Maker, Shared, Stack
 from fjft.models.mask import full_mask
 from fjft.models.weights import Row, linear_rows, norm_rows
 
@@ -74,13 +74,13 @@ class Albert(Encoder):
     ) -> Float[Array, "B T D"]:
         """All layers, in the order in which they are used."""
         mask = full_mask(segment_ids_BT)
-        graphdef, weights = nnx.split(self.layers.blocks[0])
+        graphdef, shared, weights = nnx.split(self.layers.blocks[0], Shared, ...)
 
         def step(x, use):
             number, place = use
             mine = jax.tree.map(lambda w: w[place], weights)
             key = None if rng is None else jax.random.fold_in(rng, number)
-            return nnx.merge(graphdef, mine)(x, mask, key), None
+            return nnx.merge(graphdef, shared, mine)(x, mask, key), None
 
         order = jnp.array(_order(self.arch), jnp.int32)
         uses = jnp.arange(len(order), dtype=jnp.int32), order

@@ -65,6 +65,10 @@ class Maker:
         return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
 
 
+class Shared(nnx.Variable):
+    """Numbers that all layers of a stack, or of several, have in common."""
+
+
 class Linear(nnx.Module):
     """The one linear map: `y = x @ weight.T + bias`, then the adapter, if any.
 
@@ -323,18 +327,18 @@ class Stack(nnx.Module):
           remat: Wraps the body, to choose what the backward pass recomputes.
         """
         for run in self.runs:
-            graphdefs, states = zip(
-                *(nnx.split(self.blocks[i]) for i in run), strict=True
+            graphdefs, shared, states = zip(
+                *(nnx.split(self.blocks[i], Shared, ...) for i in run), strict=True
             )
             numbers = jnp.array([self.layers[i] for i in run], jnp.int32).T
 
-            def step(carry, xs, graphdefs=graphdefs):
+            def step(carry, xs, graphdefs=graphdefs, shared=shared):
                 states, numbers = xs
                 carry = jax.tree.map(_name_hidden_states, carry)
-                for m, (graphdef, state) in enumerate(
-                    zip(graphdefs, states, strict=True)
+                for m, (graphdef, *parts) in enumerate(
+                    zip(graphdefs, shared, states, strict=True)
                 ):
-                    carry = body(nnx.merge(graphdef, state), carry, numbers[m])
+                    carry = body(nnx.merge(graphdef, *parts), carry, numbers[m])
                 return carry, None
 
             carry, _ = jax.lax.scan(remat(step), carry, (states, numbers))

@@ -14,6 +14,7 @@ from fjft.peft import (
     prefix,
     prompt,
     select,
+    vera,
 )
 
 METHODS: dict[str, types.ModuleType] = {
@@ -28,4 +29,5 @@ METHODS: dict[str, types.ModuleType] = {
     "layer_norm": layer_norm,
     "bitfit": bitfit,
     "select": select,
+    "vera": vera,
 }

@@ -313,6 +313,36 @@ CASES: dict[str, dict[str, Case]] = {
             trained=peft_twins.trained_by_torch,
         ),
     },
+    "vera": {
+        "stacks-in-part": Case(
+            base=UNTIED,
+            options={
+                "r": 6,
+                "target_modules": r".*\.[02]\.(self_attn\.v_proj|mlp\.down_proj)",
+                "projection_prng_key": 7,
+            },
+            make_theirs=by_peft(
+                peft.VeraConfig,
+                r=6,
+                target_modules=r".*\.[02]\.(self_attn\.v_proj|mlp\.down_proj)",
+                projection_prng_key=7,
+            ),
+        ),
+        "from-the-seed": Case(
+            base=UNTIED,
+            options={
+                "r": 6,
+                "target_modules": "q_proj|up_proj",
+                "save_projection": False,
+            },
+            make_theirs=by_peft(
+                peft.VeraConfig,
+                r=6,
+                target_modules=["q_proj", "up_proj"],
+                save_projection=False,
+            ),
+        ),
+    },
 }
 IDS = [
     f"{method}/{variant}/{bases.kind(case.base)}"
