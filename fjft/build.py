@@ -12,7 +12,13 @@ import ml_collections
 
 from fjft import data, sharding
 from fjft.checkpoint import orbax
+from fjft.data.dataset import load_examples
+from fjft.data.encoders import ENCODERS
+from fjft.data.examples import Labels
+from fjft.data.pack import Rows
+from fjft.data.report import Report
 from fjft.errors import UserError
+from fjft.evaluate.metrics import METRICS
 from fjft.models.layers import REMAT_POLICIES
 from fjft.models.quantized import QUANTIZATIONS
 from fjft.objectives.objectives import OBJECTIVES
@@ -136,6 +142,25 @@ class Experiment:
     train: TrainConfig
     evaluate: EvaluateConfig
     checkpoint: orbax.Config
+
+    @property
+    def encoder_module(self) -> types.ModuleType:
+        """The module in `data/` that makes the examples that the objective needs."""
+        return ENCODERS[self.objective_module.EXAMPLES]
+
+    @property
+    def metrics_module(self) -> types.ModuleType:
+        """The module in `evaluate/` that makes numbers of the objective's sums."""
+        return METRICS[self.objective_module.METRICS]
+
+    def find_labels(self) -> Labels | None:
+        """What whole examples are labelled with; None where they are not."""
+        return self.encoder_module.find_labels(self.data)
+
+    def load_examples(self, tokenizer: Any) -> tuple[Rows, Rows, Report]:
+        """Reads the data; see `data.dataset.load_examples`."""
+        encoder = self.encoder_module.Encoder
+        return load_examples(self.data, tokenizer, self.train.seed, encoder)
 
 
 def load_config(

@@ -1,11 +1,12 @@
 """Loads pretrained models onto a mesh, with a method's adapters attached."""
 
+import copy
 import dataclasses
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from fjft.checkpoint.huggingface import Provenance, match
 from fjft.checkpoint.loading import load_params
 from fjft.checkpoint.quantizing import load_quantized, quantize_model
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
+from fjft.data.examples import Labels
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
@@ -29,6 +31,8 @@ from fjft.models.weights import Site, sites
 from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS
 
+Info = TypeVar("Info", bound=ModelInfo)
+
 
 def find_family(files: ModelInfo) -> types.ModuleType:
     """The module of `FAMILIES` that a pretrained model belongs to.
@@ -38,6 +42,30 @@ def find_family(files: ModelInfo) -> types.ModuleType:
     """
     check_name("model_type", str(files.config.model_type), FAMILIES)
     return FAMILIES[files.config.model_type]
+
+
+def choose_head(files: Info, head: str | None, num_labels: int | None = None) -> Info:
+    """A pretrained model whose config asks for another head, or for so many labels.
+
+    Raises:
+      UserError: The family has no such head.
+    """
+    if head is None and num_labels is None:
+        return files
+    if head is not None:
+        known = getattr(find_family(files), "HEADS", ("causal_lm",))
+        check_name("head", head, known)
+    config = with_head(files.config, head, num_labels)
+    return dataclasses.replace(files, config=config)
+
+
+def name_labels(files: Info, labels: Labels) -> Info:
+    """A pretrained model whose config says what its head's labels mean."""
+    config = copy.deepcopy(files.config)
+    config.id2label = dict(enumerate(labels.names))
+    config.label2id = {name: i for i, name in enumerate(labels.names)}
+    config.problem_type = labels.problem_type  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(files, config=config)
 
 
 def read_architecture(files: ModelInfo) -> tuple[types.ModuleType, Any]:
@@ -180,12 +208,7 @@ def build_model(
       UserError: The model type is unknown, its weights do not fit its config, or a
         new head would not be trained.
     """
-    if head is not None or num_labels is not None:
-        family = find_family(files)
-        if head is not None:
-            check_name("head", head, getattr(family, "HEADS", ("causal_lm",)))
-        config = with_head(files.config, head, num_labels)
-        files = dataclasses.replace(files, config=config)
+    files = choose_head(files, head, num_labels)
     blueprint = draw_model(
         files,
         method=method,

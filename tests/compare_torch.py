@@ -90,7 +90,8 @@ def write_batches(directory: Path, count: int) -> None:
         np.savez(directory / f"batch{number}.npz", **arrays)
     arrays = {}
     for i, number in enumerate(drawn[: count * ROWS]):
-        arrays[f"ids{i}"], arrays[f"labels{i}"] = rows.examples[number]
+        ids, labels = rows.examples[number].columns.values()
+        arrays[f"ids{i}"], arrays[f"labels{i}"] = ids, labels
     np.savez(directory / "examples.npz", **arrays)
 
 

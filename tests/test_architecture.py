@@ -13,8 +13,8 @@ ROOT = Path(fjft.__file__).parent
 FLOORS = {
     1: "errors options sources tree sharding telemetry telemetry_plot telemetry_speed "
     "programs models objectives optimize",
-    2: "data peft checkpoint generation",
-    3: "adapters build pretrained evaluate",
+    2: "data peft checkpoint generation evaluate",
+    3: "adapters build pretrained",
     4: "training",
     5: "planning",
     6: "cli",

@@ -188,30 +188,33 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
 def _build(experiment: Any, mesh: Any, synthetic: bool) -> tuple[Any, Any]:
     """The run and its first state, with data of the config's or random rows."""
     from fjft.checkpoint.source import open_model
-    from fjft.data.dataset import load_examples
     from fjft.training.run import build_run
 
     files = open_model(experiment.model.source, experiment.model.revision)
     if synthetic:
+        if experiment.objective_module.EXAMPLES != "text":
+            raise UserError(
+                "--synthetic makes text without labels, which is not what this "
+                "objective learns from; leave it out"
+            )
         rows = held_out = _random_rows(experiment, files.config.vocab_size)
     else:
-        rows, held_out, _ = load_examples(
-            experiment.data, files.load_tokenizer(), experiment.train.seed
-        )
+        rows, held_out, _ = experiment.load_examples(files.load_tokenizer())
     return build_run(experiment, mesh, files, rows, held_out)
 
 
 def _random_rows(experiment: Any, vocab_size: int) -> Any:
     import numpy as np
 
-    from fjft.data.examples import Spool
+    from fjft.data.examples import Example, Spool
     from fjft.data.pack import Rows
 
     rng = np.random.default_rng(experiment.train.seed)
     shape = experiment.train.batch_size, experiment.data.max_length
     spool = Spool()
     ids = rng.integers(0, vocab_size, shape, dtype=np.int32)
-    spool.add([(row, row) for row in ids], range(len(ids)))
+    examples = [Example({"input_ids": row, "labels": row}) for row in ids]
+    spool.add(examples, range(len(ids)))
     return Rows(spool.finish(), experiment.data)
 
 

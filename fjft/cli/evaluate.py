@@ -14,9 +14,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = flags.make_parser(
         "evaluate",
-        "Judges a model on the held-out data of a config: loss in nats a token, "
-        "perplexity\nand token accuracy. By default the weights are those that the "
-        "config's run left.",
+        "Judges a model on the held-out data of a config: the loss, and the metrics of "
+        "its\nobjective. By default the weights are those that the config's run left.",
         "fjft evaluate --config=configs/smollm2_lora_quickstart.py --base",
     )
     weights.add_flags(parser, with_source=False)
@@ -30,10 +29,12 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads, judges, prints."""
     chosen = flags.parse(parser, argv)
     found = weights.choose(parser, chosen)
-    judged = evaluate(found)
+    judged, report = evaluate(found)
     print(found.describe())
     for name, value in judged.items():
         print(f"  {name:26} {value:.6g}")
+    if report:
+        print(report)
     if chosen.output:
         text = json.dumps({"model": found.describe()} | judged, indent=2)
         path = Path(chosen.output)
@@ -41,8 +42,11 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         path.write_text(text + "\n", "utf-8")
 
 
-def evaluate(found: weights.Weights) -> dict[str, float]:
+def evaluate(found: weights.Weights) -> tuple[dict[str, float], str]:
     """Judges weights on the held-out data of their config.
+
+    Returns:
+      The metrics, and the report where there is one.
 
     Raises:
       UserError: There is no held-out data, or the model cannot be loaded.
@@ -50,30 +54,33 @@ def evaluate(found: weights.Weights) -> dict[str, float]:
     import jax
 
     from fjft import tree
-    from fjft.evaluate.perplexity import evaluate_sums
-    from fjft.training.run import make_eval_loader, make_loss, place
+    from fjft.checkpoint.source import open_model
+    from fjft.evaluate.sums import add_up
+    from fjft.training.program import make_judge
+    from fjft.training.run import make_eval_loader, place
     from fjft.training.step import make_eval_step
 
+    e = found.experiment
+    tokenizer = open_model(found.source, found.revision).load_tokenizer()
+    held_out = _read_held_out(e, tokenizer)
+    labels = held_out.examples.labels
     mesh = weights.make_mesh(found)
     with jax.set_mesh(mesh):
         model = weights.load(found, mesh)
-        held_out = _read_held_out(found.experiment, model)
         graphdef, params = tree.split(model)
-        step = jax.jit(make_eval_step(graphdef, make_loss(found.experiment)))
-        batches = make_eval_loader(found.experiment, mesh, held_out).batches()
-        return evaluate_sums(
+        step = jax.jit(make_eval_step(graphdef, make_judge(e)))
+        batches = make_eval_loader(e, mesh, held_out).batches()
+        sums = add_up(
             lambda batch: step(params, {}, batch),
             (place(batch, mesh) for batch in batches),
         )
+    metrics = e.metrics_module
+    judged = {f"eval_{k}": v for k, v in metrics.summarize(sums).items()}
+    return judged, metrics.report(sums, labels.names if labels else ())
 
 
-def _read_held_out(experiment: Any, model: Any) -> Any:
-    from fjft.data.dataset import load_examples
-
-    tokenizer = model.provenance.files.load_tokenizer()
-    _, held_out, report = load_examples(
-        experiment.data, tokenizer, experiment.train.seed
-    )
+def _read_held_out(experiment: Any, tokenizer: Any) -> Any:
+    _, held_out, report = experiment.load_examples(tokenizer)
     for line in (*report.describe(), *report.warnings()):
         print(line)
     if not len(held_out):

@@ -177,19 +177,30 @@ def load(weights: Weights, mesh: Any) -> Any:
     """
     from fjft import pretrained
 
+    labels = weights.experiment and weights.experiment.find_labels()
+    head: dict[str, Any] = {}
+    if weights.experiment is not None:
+        head["head"] = weights.experiment.objective_module.HEAD
+        head["num_labels"] = labels and len(labels.names)
     if weights.step is not None:
-        return _load_checkpoint(weights, mesh)
-    return pretrained.load_model(
-        weights.source,
-        dtype=weights.dtype,
-        mesh=mesh,
-        adapter=weights.adapter,
-        revision=weights.revision,
-        quantization=weights.quantization,
-    )
+        model = _load_checkpoint(weights, mesh, head)
+    else:
+        model = pretrained.load_model(
+            weights.source,
+            dtype=weights.dtype,
+            mesh=mesh,
+            adapter=weights.adapter,
+            revision=weights.revision,
+            quantization=weights.quantization,
+            **head,
+        )
+    if labels is not None:
+        files = pretrained.name_labels(model.provenance.files, labels)
+        model.provenance = dataclasses.replace(model.provenance, files=files)
+    return model
 
 
-def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
+def _load_checkpoint(weights: Weights, mesh: Any, head: dict[str, Any]) -> Any:
     from fjft import pretrained, tree
     from fjft.checkpoint.orbax import digest, restore_params
     from fjft.checkpoint.source import open_model
@@ -205,6 +216,7 @@ def _load_checkpoint(weights: Weights, mesh: Any) -> Any:
         mesh=mesh,
         seed=e.train.seed,
         quantization=weights.quantization,
+        **head,
     )
     trainable = e.method.is_trainable(e.peft, model.provenance.sites)
     trained, frozen = tree.partition(tree.split(model)[1], trainable)

@@ -6,6 +6,7 @@ Rows flow through one file per stage, in this order:
     templates  a row -> a chat, a prompt/completion pair or plain text
     turns      where the assistant's turns lie in a rendered chat (see `skeleton`)
     tokenize   -> token ids, and labels that are -100 where nothing is learned
+    labelled   instead of these three: a row -> token ids, and a label for all of it
     examples   ids and labels, spooled to disk
     pack       examples -> rows of fixed length with segment ids
     loader     rows -> this process's part of each global batch

@@ -6,6 +6,11 @@ from fjft.errors import UserError
 
 TRAIN_ON = ("assistant", "last", "all")
 TRUNCATION = ("drop", "truncate")
+PROBLEM_TYPES = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,13 @@ class Config:
       truncation: What happens to examples longer than `max_length`: `drop`, or
         `truncate` to their first `max_length` tokens. Both are counted.
       chat_template: A Jinja file used instead of the tokenizer's chat template.
+      problem_type: What whole examples are labelled with, where that is learned:
+        `single_label_classification`, `multi_label_classification` or `regression`.
+      text_columns: The column that is read then; two, with a comma, are a pair.
+      label_column: The column of the label: a name or a number; several of them, as a
+        list or with commas, where an example may have several.
+      label_names: All labels, in the order of their ids. Empty takes those that occur
+        in `train`, sorted.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
       strict: The first row that cannot be used is an error.
     """
@@ -46,6 +58,10 @@ class Config:
     train_on: str = "assistant"
     truncation: str = "drop"
     chat_template: str = ""
+    problem_type: str = "single_label_classification"
+    text_columns: str = "text"
+    label_column: str = "label"
+    label_names: str | tuple[str, ...] = ()
     shuffle: bool = True
     strict: bool = False
 
@@ -58,6 +74,11 @@ class Config:
             raise UserError(
                 f"data.truncation is {self.truncation!r}; "
                 f"use one of {', '.join(TRUNCATION)}"
+            )
+        if self.problem_type not in PROBLEM_TYPES:
+            raise UserError(
+                f"data.problem_type is {self.problem_type!r}; "
+                f"use one of {', '.join(PROBLEM_TYPES)}"
             )
         if self.max_length < 2:
             raise UserError(

@@ -1,36 +1,60 @@
 """From a config to rows ready to serve: the stages, one after the other."""
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from fjft.data import tokenize
 from fjft.data.config import Config
-from fjft.data.examples import Examples, Spool
+from fjft.data.examples import Example, Examples, Labels, Spool
 from fjft.data.files import Row
 from fjft.data.pack import Rows
 from fjft.data.report import Report
 from fjft.data.sources import list_specs, read_rows
-from fjft.data.templates import MalformedError, Sample, read_sample
-from fjft.data.tokenize import Encoder, Example
+from fjft.data.templates import MalformedError
 from fjft.errors import UserError
 
 # Rows rendered and tokenized together: enough to keep the tokenizer's threads busy.
 _ROWS_AT_ONCE = 1024
 
 
+class Encoder(Protocol):
+    """What makes examples out of rows; each kind has a module in `encoders`.
+
+    Attributes:
+      columns: Names of its examples' columns.
+      labels: What its examples are labelled with as wholes; None if nothing.
+      generates: Whether the model learns to write, and so needs to learn to stop.
+    """
+
+    columns: tuple[str, ...]
+    labels: Labels | None
+    generates: bool
+
+    def read(self, values: dict[str, Any]) -> tuple[str, Any]:
+        """A row's format and what it says; or raises `MalformedError`."""
+        ...
+
+    def encode(self, samples: list[Any]) -> list[Example | MalformedError]:
+        """Tokenizes what `read` gave, in order."""
+        ...
+
+
 def load_examples(
-    config: Config, tokenizer: Any, seed: int = 0
+    config: Config,
+    tokenizer: Any,
+    seed: int = 0,
+    make_encoder: Callable[[Any, Config], Encoder] = tokenize.Encoder,
 ) -> tuple[Rows, Rows, Report]:
     """Reads, tokenizes and packs the training and the evaluation data.
 
     Args:
       config: The data section.
-      tokenizer: A fast Hugging Face tokenizer. If `config.chat_template` is set, its
-        `chat_template` is replaced, so that it is saved and generates with the same.
+      tokenizer: A fast Hugging Face tokenizer.
       seed: Chooses which examples `config.eval_size` holds out.
+      make_encoder: The `Encoder` of a module in `encoders`.
 
     Returns:
       Rows for training, rows for evaluation (empty if there are none) and the account
@@ -40,13 +64,12 @@ def load_examples(
       UserError: A source cannot be read, nothing is left to train on, or `strict` is
         set and a row cannot be used.
     """
-    if config.chat_template:
-        tokenizer.chat_template = _read_template(config.chat_template)
     if not list_specs(config.train):
         raise UserError("data.train is empty; name a file, a package or a dataset")
-    examples, report = read_examples(config, tokenizer, "train")
+    encoder = make_encoder(tokenizer, config)
+    examples, report = read_examples(config, encoder, "train")
     if list_specs(config.eval):
-        held_out, report.eval = read_examples(config, tokenizer, "eval")
+        held_out, report.eval = read_examples(config, encoder, "eval")
     else:
         examples, held_out = hold_out(examples, config.eval_size, seed)
         report.held_out = len(held_out)
@@ -58,33 +81,22 @@ def load_examples(
     return train, evaluation, report
 
 
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"data.chat_template: cannot read {path!r}: {error.strerror}; name a file "
-            "that holds a Jinja template"
-        ) from error
-
-
 def read_examples(
-    config: Config, tokenizer: Any, name: str = "train"
+    config: Config, encoder: Encoder, name: str = "train"
 ) -> tuple[Examples, Report]:
     """Reads and tokenizes one of the config's sources.
 
     Args:
       config: The data section.
-      tokenizer: A fast Hugging Face tokenizer.
+      encoder: What makes examples of its rows.
       name: Which source, `train` or `eval`.
 
     Raises:
       UserError: As `load_examples`.
     """
     sources: str | Sequence[str] = getattr(config, name)
-    report = Report(name, strict=config.strict)
-    encoder = Encoder(tokenizer, config)
-    spool = Spool()
+    report = Report(name, strict=config.strict, generates=encoder.generates)
+    spool = Spool(columns=encoder.columns, labels=encoder.labels)
     rows = read_rows(sources, split="test" if name == "eval" else "train")
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
         first = report.rows_read
@@ -97,9 +109,9 @@ def read_examples(
             if isinstance(result, MalformedError):
                 report.reject(row.place, result.reason, result.detail)
             else:
-                kept.append((result.input_ids, result.labels))
+                kept.append(result)
                 numbers.append(number)
-                _count(report, result)
+                _count(report, result, encoder.labels)
         spool.add(kept, numbers)
     examples = spool.finish()
     report.supervised_tokens = int(examples.supervised.sum(dtype=np.int64))
@@ -112,13 +124,13 @@ def _encode_rows(
     rows: list[Row], encoder: Encoder, report: Report
 ) -> list[Example | MalformedError]:
     """Encodes what can be; in order, with the reason in place of what cannot."""
-    read: list[Sample | MalformedError] = []
+    read: list[Any] = []
     for row in rows:
         if row.error is not None:
             read.append(MalformedError(row.error))
             continue
         try:
-            name, sample = read_sample(row.values, encoder.has_template)
+            name, sample = encoder.read(row.values)
             report.formats[name] += 1
             read.append(sample)
         except MalformedError as error:
@@ -128,12 +140,15 @@ def _encode_rows(
     return [s if isinstance(s, MalformedError) else next(encoded) for s in read]
 
 
-def _count(report: Report, example: Example) -> None:
+def _count(report: Report, example: Example, labels: Labels | None) -> None:
     report.examples += 1
     report.truncated += example.is_truncated
-    report.tokens += len(example.input_ids)
-    report.longest = max(report.longest, len(example.input_ids))
+    report.tokens += len(example)
+    report.longest = max(report.longest, len(example))
     report.end_tokens.update(example.end_tokens)
+    if labels is not None and labels.problem_type != "regression":
+        assert example.target is not None
+        report.labels.update(labels.named(example.target))
 
 
 def _explain_empty(report: Report, sources: str | Sequence[str]) -> str:

@@ -1,11 +1,12 @@
 """Tokenized examples on disk: host memory does not grow with the data."""
 
 import array
+import dataclasses
 import errno
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,62 @@ import numpy as np
 from fjft.errors import UserError
 
 IGNORED = -100
+TEXT_COLUMNS = ("input_ids", "labels")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """A tokenized sample.
+
+    Attributes:
+      columns: int32 [t] arrays by name, a number for each token; `input_ids` first.
+      target: What the example as a whole is labelled with, as `Labels` says; None
+        where its tokens are what is learned.
+      end_tokens: For each learned turn or document that ends in a special token, that
+        token's id.
+      is_truncated: Whether it was cut to `max_length`.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    target: np.ndarray | None = None
+    end_tokens: tuple[int, ...] = ()
+    is_truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the labels of whole examples mean.
+
+    Attributes:
+      problem_type: transformers' name: `single_label_classification` (a target is the
+        label's id, int32 []), `multi_label_classification` (a 1 for each label that
+        an example has, int32 [C]) or `regression` (float32 [C]).
+      names: The labels in the order of their ids, or the names of the numbers.
+    """
+
+    problem_type: str
+    names: tuple[str, ...]
+
+    def named(self, target: np.ndarray) -> list[str]:
+        """The labels of one example; of a regression, its numbers."""
+        if self.problem_type == "regression":
+            return [f"{x:g}" for x in target]
+        ids = np.flatnonzero(target) if target.ndim else target[None]
+        return [self.names[i] for i in ids]
 
 
 class Examples:
-    """A sequence of examples, each an (input_ids, labels) pair of int32 arrays.
+    """A sequence of examples.
 
     Attributes:
+      columns: The names of their columns.
+      labels: What `targets` mean; None where there are none.
+      targets: [n, ...], what each example as a whole is labelled with, or None.
       lengths: int32 [n], tokens in each example.
-      supervised: int32 [n], learned tokens in each.
+      supervised: int32 [n], learned tokens in each; 1 where it is learned as a whole.
       row_numbers: int64 [n], the source row each came from, counted from 0 over all
         sources.
     """
@@ -32,20 +81,30 @@ class Examples:
         lengths: np.ndarray,
         supervised: np.ndarray,
         row_numbers: np.ndarray,
+        *,
+        columns: tuple[str, ...] = TEXT_COLUMNS,
+        labels: Labels | None = None,
+        targets: np.ndarray | None = None,
     ):
-        self._tokens = tokens  # int32 [2, total]: ids, labels
+        self._tokens = tokens  # int32 [total, columns]
         self._starts = starts  # int64 [n]: where each example begins
         self.lengths = lengths
         self.supervised = supervised
         self.row_numbers = row_numbers
+        self.columns = columns
+        self.labels = labels
+        self.targets = targets
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         start = self._starts[index]
-        both = self._tokens[start : start + self.lengths[index]]
-        return both[:, 0], both[:, 1]
+        rows = self._tokens[start : start + self.lengths[index]]
+        return Example(
+            {name: rows[:, i] for i, name in enumerate(self.columns)},
+            None if self.targets is None else self.targets[index],
+        )
 
     def take(self, indices: np.ndarray) -> "Examples":
         """The examples at `indices`, sharing the same file."""
@@ -55,6 +114,9 @@ class Examples:
             self.lengths[indices],
             self.supervised[indices],
             self.row_numbers[indices],
+            columns=self.columns,
+            labels=self.labels,
+            targets=None if self.targets is None else self.targets[indices],
         )
 
 
@@ -63,9 +125,19 @@ class Spool:
 
     Args:
       directory: Where the file goes; the system's temporary directory if None.
+      columns: Names of the columns that every example has.
+      labels: What the targets of whole examples mean, if they have any.
     """
 
-    def __init__(self, directory: Path | None = None):
+    def __init__(
+        self,
+        directory: Path | None = None,
+        columns: tuple[str, ...] = TEXT_COLUMNS,
+        labels: Labels | None = None,
+    ):
+        self._columns = columns
+        self._labels = labels
+        self._targets: list[np.ndarray] = []
         self._directory = Path(tempfile.mkdtemp(prefix="fjft-data-", dir=directory))
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._directory, True)
         self._path = self._directory / "tokens.int32"
@@ -73,22 +145,22 @@ class Spool:
         self._supervised = array.array("i")
         self._row_numbers = array.array("q")
 
-    def add(
-        self, examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Sequence[int]
-    ) -> None:
-        """Appends (input_ids, labels) pairs that came from these source rows.
+    def add(self, examples: Sequence[Example], rows: Sequence[int]) -> None:
+        """Appends examples that came from these source rows.
 
         Raises:
           UserError: No space is left.
         """
         if not examples:
             return
-        ids = np.concatenate([ids for ids, _ in examples])
-        labels = np.concatenate([labels for _, labels in examples])
+        columns = [
+            np.concatenate([e.columns[name] for e in examples])
+            for name in self._columns
+        ]
         try:
             with self._path.open("ab") as file:
-                # Pairs, so that one read fetches an example whole.
-                np.stack([ids, labels], axis=1).astype(np.int32).tofile(file)
+                # Token by token, so that one read fetches an example whole.
+                np.stack(columns, axis=1).astype(np.int32).tofile(file)
         except OSError as error:
             if error.errno != errno.ENOSPC and "requested and" not in str(error):
                 raise
@@ -96,9 +168,16 @@ class Spool:
                 f"no space left in {self._directory} for the tokenized data; free "
                 "some, or point the environment variable TMPDIR elsewhere"
             ) from error
-        self._lengths.extend(len(ids) for ids, _ in examples)
-        self._supervised.extend(int((y != IGNORED).sum()) for _, y in examples)
+        self._lengths.extend(len(e) for e in examples)
+        self._supervised.extend(map(self._count_supervised, examples))
         self._row_numbers.extend(rows)
+        if self._labels is not None:
+            targets = [e.target for e in examples if e.target is not None]
+            self._targets.append(np.stack(targets))
+
+    def _count_supervised(self, example: Example) -> int:
+        labels = example.columns.get("labels")
+        return 1 if labels is None else int((labels != IGNORED).sum())
 
     def finish(self) -> Examples:
         """Opens what was collected for reading."""
@@ -106,16 +185,19 @@ class Spool:
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
         if len(lengths):
             # A plain array over the mapping: slices of np.memmap itself are slow.
-            tokens = np.asarray(np.memmap(self._path, np.int32, "r")).reshape(-1, 2)
+            tokens = np.asarray(np.memmap(self._path, np.int32, "r"))
         else:
-            tokens = np.zeros((0, 2), np.int32)
+            tokens = np.zeros(0, np.int32)
         # The mapping outlives the file's name, so the directory can go at once where
         # the system allows that; elsewhere it goes when the process ends.
         self._cleanup()
         return Examples(
-            tokens,
+            tokens.reshape(-1, len(self._columns)),
             starts,
             lengths,
             np.array(self._supervised, np.int32),
             np.array(self._row_numbers, np.int64),
+            columns=self._columns,
+            labels=self._labels,
+            targets=np.concatenate(self._targets) if self._targets else None,
         )

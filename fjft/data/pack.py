@@ -10,12 +10,13 @@ An example is never split, and padding is segment 0: no token id stands for it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, Examples
+from fjft.data.examples import IGNORED, TEXT_COLUMNS, Examples
 from fjft.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -114,15 +115,33 @@ def choose_buckets(max_length: int, longest: int, buckets: Sequence[int]) -> lis
     return list(buckets)
 
 
-def empty_batch(batch_size: int, length: int) -> Batch:
-    """A batch that is padding only: int32 [B, T] arrays by name."""
+def empty_batch(
+    batch_size: int,
+    length: int,
+    columns: Sequence[str] = TEXT_COLUMNS,
+    no_targets: np.ndarray | None = None,
+) -> Batch:
+    """A batch that is padding only.
+
+    Args:
+      batch_size: B.
+      length: T.
+      columns: Names of the examples' columns.
+      no_targets: [S, ...], what stands in a row for the labels of whole examples where
+        it has none; None if there are no such labels.
+
+    Returns:
+      int32 [B, T] arrays: the columns, `positions` and `segment_ids`. With targets,
+      `labels` is [B, S, ...] with the label of segment s of a row at s - 1.
+    """
     shape = (batch_size, length)
-    return {
-        "input_ids": np.zeros(shape, np.int32),
-        "labels": np.full(shape, IGNORED, np.int32),
-        "positions": np.zeros(shape, np.int32),
-        "segment_ids": np.zeros(shape, np.int32),
+    batch = {
+        name: np.full(shape, IGNORED if name == "labels" else 0, np.int32)
+        for name in (*columns, "positions", "segment_ids")
     }
+    if no_targets is not None:
+        batch["labels"] = np.repeat(no_targets[None], batch_size, axis=0)
+    return batch
 
 
 class Rows:
@@ -162,6 +181,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @functools.cached_property
+    def _no_targets(self) -> np.ndarray | None:
+        """For the S segments that a row has at most: -100, or NaN for numbers."""
+        targets = self.examples.targets
+        if targets is None:
+            return None
+        S = 1 if self.bins is None else int(np.diff(self.bins.starts).max(initial=1))
+        filler = np.nan if targets.dtype.kind == "f" else IGNORED
+        return np.full((S, *targets.shape[1:]), filler, targets.dtype)
+
     @property
     def efficiency(self) -> float:
         """Fraction of positions that hold tokens, each row in its smallest bucket."""
@@ -184,18 +213,19 @@ class Rows:
         Returns:
           What `empty_batch` has.
         """
-        batch = empty_batch(batch_size, length)
+        columns = self.examples.columns
+        batch = empty_batch(batch_size, length, columns, self._no_targets)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0
             for segment, example in enumerate(members, 1):
-                ids, labels = self.examples[example]
-                end = start + len(ids)
-                batch["input_ids"][row, start:end] = ids
-                batch["labels"][row, start:end] = labels
-                # Whatever the example says, nothing precedes its first token.
-                batch["labels"][row, start] = IGNORED
-                batch["positions"][row, start:end] = np.arange(len(ids))
+                member = self.examples[example]
+                end = start + len(member)
+                for name in columns:
+                    batch[name][row, start:end] = member.columns[name]
+                batch["positions"][row, start:end] = np.arange(end - start)
                 batch["segment_ids"][row, start:end] = segment
+                if member.target is not None:
+                    batch["labels"][row, segment - 1] = member.target
                 start = end
         return batch

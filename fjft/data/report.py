@@ -29,6 +29,7 @@ class Report:
     Attributes:
       name: What was read, `train` or `eval`.
       strict: Whether the first rejection is an error.
+      generates: Whether what is learned is to be generated.
       rows_read: Rows, malformed ones included.
       formats: Format name -> rows that have it.
       rejected: Reason -> rows that were not used.
@@ -40,6 +41,7 @@ class Report:
       longest: Tokens in the longest example.
       end_tokens: Token that ends a learned turn or document -> how often; generation
         stops at these.
+      labels: Name of a label of whole examples -> how many have it.
       packed_rows: Rows of `max_length` after packing; 0 without packing.
       efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
         packing, with each example in its own smallest bucket.
@@ -48,6 +50,7 @@ class Report:
 
     name: str = "train"
     strict: bool = False
+    generates: bool = True
     rows_read: int = 0
     formats: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
@@ -60,6 +63,9 @@ class Report:
     supervised_tokens: int = 0
     longest: int = 0
     end_tokens: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    labels: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
     )
     packed_rows: int = 0
@@ -91,7 +97,7 @@ class Report:
     def warnings(self) -> list[str]:
         """What is probably a mistake, one sentence each with its remedy."""
         found = []
-        if self.examples and not self.end_tokens:
+        if self.generates and self.examples and not self.end_tokens:
             found.append(
                 f"data.{self.name}: no end-of-turn or eos token is ever learned, so "
                 "the model will not learn to stop; use a chat template that ends "
@@ -123,10 +129,14 @@ class Report:
             lines.append(f"  {self.truncated:,} cut to max_length")
         if self.held_out:
             lines.append(f"  {self.held_out:,} held out for evaluation")
+        if self.labels:
+            counts = ", ".join(f"{n} {c:,}" for n, c in sorted(self.labels.items()))
+            lines.append(f"  labels: {counts}")
         share = self.supervised_tokens / max(self.tokens, 1)
+        learned = f", {self.supervised_tokens:,} learned ({share:.0%})"
         lines.append(
-            f"  {self.tokens:,} tokens, {self.supervised_tokens:,} learned "
-            f"({share:.0%}), longest example {self.longest:,}"
+            f"  {self.tokens:,} tokens{learned if self.generates else ''}, longest "
+            f"example {self.longest:,}"
         )
         kind = f"{self.packed_rows:,} packed rows" if self.packed_rows else "padded"
         lines.append(f"  {kind}, {self.efficiency:.1%} of positions hold tokens")

@@ -3,54 +3,51 @@
 A chat is rendered to text once and tokenized once, so its ids are exactly those of
 `tokenizer.apply_chat_template`. Which of them are learned follows from the characters
 each token stands for: a token is learned if any of its characters lies in a learned
-span. Labels equal the ids there and are -100 elsewhere.
+span. Labels equal the ids there and are -100 elsewhere; the first is always -100:
+nothing comes before it to predict it from.
 """
 
 import bisect
-import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED
-from fjft.data.templates import Chat, MalformedError, Pair, Sample
+from fjft.data.examples import IGNORED, TEXT_COLUMNS, Example, Labels
+from fjft.data.templates import Chat, MalformedError, Pair, Sample, read_sample
 from fjft.data.turns import Span, TurnFinder
 from fjft.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Example:
-    """A tokenized sample.
-
-    Attributes:
-      input_ids: int32 [t].
-      labels: int32 [t], the id where it is learned and -100 elsewhere. The first is
-        always -100: nothing comes before it to predict it from.
-      end_tokens: For each learned turn or document that ends in a special token, that
-        token's id.
-      is_truncated: Whether it was cut to `max_length`.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    end_tokens: tuple[int, ...]
-    is_truncated: bool = False
+def find_labels(config: Config) -> None:
+    """Text is not labelled as a whole."""
+    del config
 
 
 class Encoder:
     """Turns samples into examples with one tokenizer and one config.
 
     Args:
-      tokenizer: A Hugging Face tokenizer of the fast kind.
-      config: `max_length`, `train_on` and `truncation` are used.
+      tokenizer: A Hugging Face tokenizer of the fast kind. If `config.chat_template`
+        is set, its `chat_template` is replaced, so that it is saved and generates
+        with the same.
+      config: `max_length`, `train_on`, `truncation` and `chat_template` are used.
 
     Raises:
-      UserError: The tokenizer cannot say which characters its tokens stand for.
+      UserError: The tokenizer cannot say which characters its tokens stand for, or
+        the template cannot be read.
     """
 
+    columns: tuple[str, ...] = TEXT_COLUMNS
+    labels: Labels | None = None
+    # What is learned is to be generated, so it should be learned where to stop.
+    generates: bool = True
+
     def __init__(self, tokenizer: Any, config: Config):
+        if config.chat_template:
+            tokenizer.chat_template = _read_template(config.chat_template)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"{type(tokenizer).__name__} gives no character offsets; use a model "
@@ -62,6 +59,10 @@ class Encoder:
         self._turns = TurnFinder(tokenizer) if self.has_template else None
         self._before, self._after = _find_special_ids(tokenizer)
         self._special_ids = frozenset(tokenizer.added_tokens_decoder)
+
+    def read(self, values: dict[str, Any]) -> tuple[str, Sample]:
+        """Reads a row's columns; see `templates.read_sample`."""
+        return read_sample(values, self.has_template)
 
     def encode(self, samples: Sequence[Sample]) -> list[Example | MalformedError]:
         """Encodes samples, each to an example or to the reason why it cannot be used.
@@ -139,7 +140,8 @@ class Encoder:
         limit = len(input_ids)
         ends = [ids[end - 1] for start, end in turns if start < end <= limit]
         end_tokens = tuple(i for i in ends if i in self._special_ids)
-        return Example(input_ids, labels, end_tokens, is_truncated)
+        columns = {"input_ids": input_ids, "labels": labels}
+        return Example(columns, None, end_tokens, is_truncated)
 
     def _find_turns(self, sample: Sample, text: str) -> list[Span]:
         """The characters of the assistant's turns, the completion or the document."""
@@ -193,15 +195,25 @@ def _find_special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def show_example(tokenizer: Any, input_ids: np.ndarray, labels: np.ndarray) -> str:
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"data.chat_template: cannot read {path!r}: {error.strerror}; name a file "
+            "that holds a Jinja template"
+        ) from error
+
+
+def show_example(tokenizer: Any, example: Example, labels: None = None) -> str:
     """Decodes an example, what is learned in brackets: `2 + 2 = 【4<|im_end|>】`."""
-    is_learned = np.asarray(labels) != IGNORED
+    del labels
+    input_ids = example.columns["input_ids"]
+    is_learned = example.columns["labels"] != IGNORED
     edges = np.flatnonzero(np.diff(is_learned)) + 1
     pieces = []
     for run, learned in zip(
-        np.split(np.asarray(input_ids), edges),
-        np.split(is_learned, edges),
-        strict=True,
+        np.split(input_ids, edges), np.split(is_learned, edges), strict=True
     ):
         text = tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False)
         pieces.append(f"【{text}】" if learned[0] else text)

@@ -11,6 +11,10 @@ from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
 
 IGNORED = -100  # Hugging Face's label for "not trained"
 
+EXAMPLES = "text"
+HEAD = None  # the checkpoint's own
+METRICS = "perplexity"
+
 Batch = dict[str, jax.Array]
 
 
@@ -94,6 +98,11 @@ def loss(
         softcap=model.logit_softcap,
     )
     return sums._replace(loss=sums.loss + balance * sums.weight)
+
+
+def evaluate(model: Any, batch: Batch, config: Config) -> Sums:
+    """Sums from which every metric of an evaluation follows; arguments as `loss`."""
+    return loss(model, batch, config)
 
 
 def _noise(

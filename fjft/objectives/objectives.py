@@ -1,7 +1,19 @@
-"""The table of contents of training objectives."""
+"""The table of contents of training objectives.
+
+Each module has a `Config`, what it needs from others by the names of their own tables
+(`EXAMPLES` in `data/encoders.py`, `HEAD` in `models/heads.py`, `METRICS` in
+`evaluate/metrics.py`), and
+
+- `loss(model, batch, config, *, rng, remat) -> Sums`, for the training step;
+- `evaluate(model, batch, config)`, sums from which the metrics follow, with at least
+  `loss` and `weight`.
+"""
 
 import types
 
-from fjft.objectives import causal_lm
+from fjft.objectives import causal_lm, sequence_classification
 
-OBJECTIVES: dict[str, types.ModuleType] = {"causal_lm": causal_lm}
+OBJECTIVES: dict[str, types.ModuleType] = {
+    "causal_lm": causal_lm,
+    "sequence_classification": sequence_classification,
+}

@@ -20,12 +20,10 @@ from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
 from fjft.checkpoint.source import open_model
-from fjft.data.dataset import load_examples
-from fjft.data.tokenize import show_example
 from fjft.errors import UserError
 from fjft.models.quantized import is_scale
 from fjft.peft.lora_adapter import is_start
-from fjft.pretrained import read_architecture
+from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
@@ -84,18 +82,18 @@ def train(config: ml_collections.ConfigDict) -> Result:
 
     files = open_model(experiment.model.source, experiment.model.revision)
     # What cannot be trained is said before the data is read.
-    read_architecture(files)
+    read_architecture(choose_head(files, experiment.objective_module.HEAD))
     check_fits(experiment, mesh, files)
     tokenizer = files.load_tokenizer()
-    rows, held_out, report = load_examples(
-        experiment.data, tokenizer, experiment.train.seed
-    )
+    rows, held_out, report = experiment.load_examples(tokenizer)
     for line in report.describe():
         screen.say(line)
     for warning in report.warnings():
         screen.warn(warning)
-    example = show_example(tokenizer, *rows.examples[0])
-    screen.say(f"an example, trained parts marked:\n{example}")
+    shown = experiment.encoder_module.show_example(
+        tokenizer, rows.examples[0], rows.examples.labels
+    )
+    screen.say(f"an example, with what is learned:\n{shown}")
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         closing.callback(watcher.close)
@@ -160,8 +158,8 @@ class Progress:
       eval_loss_before: `eval_loss` before the first step.
       judged_step: The last step whose evaluation has been logged; -1 is none.
       loss_sum: Of the steps since the last log line; so the next three.
-      weight_sum: Trained tokens.
-      correct_sum: Tokens predicted right.
+      weight_sum: Trained tokens, or labels.
+      correct_sum: Of them, predicted right.
       grad_norm: The last step's.
     """
 
@@ -183,15 +181,9 @@ class Progress:
         self.correct_sum += float(metrics.correct_sum)
         self.grad_norm = float(metrics.grad_norm)
 
-    def take_window(self) -> dict[str, float]:
-        """The means since the last call."""
-        weight = max(self.weight_sum, 1.0)
-        window = {
-            "loss": self.loss_sum / weight,
-            "grad_norm": self.grad_norm,
-            "mean_token_accuracy": self.correct_sum / weight,
-            "num_tokens": self.num_tokens,
-        }
+    def take_window(self) -> tuple[float, float, float]:
+        """The sums since the last call: loss, weight, correct."""
+        window = self.loss_sum, self.weight_sum, self.correct_sum
         self.loss_sum = self.weight_sum = self.correct_sum = 0.0
         return window
 
@@ -299,7 +291,10 @@ class Loop:
             return
         speed = self._meter.read(self._lost_seconds)
         self._lost_seconds = 0.0
-        row = progress.take_window() | {
+        metrics_of = self._experiment.metrics_module.summarize_training
+        row = metrics_of(*progress.take_window()) | {
+            "grad_norm": progress.grad_norm,
+            "num_tokens": progress.num_tokens,
             # The rate that this step was taken with.
             "learning_rate": float(self._run.schedule(step - 1)),
             "epoch": step / self._run.loader.batches_per_epoch,
@@ -375,24 +370,26 @@ class Loop:
         )
 
     def _evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
-        judged = self._run.evaluate(state)
-        if judged:
-            if not math.isfinite(judged["eval_loss"]):
-                raise UserError(
-                    f"after step {progress.step} eval_loss is {judged['eval_loss']}; "
-                    "that step is not saved: lower optimizer.learning_rate, or look "
-                    "at the held-out rows if it is so from the start"
-                )
-            self.last |= judged
-            if progress.judged_step < progress.step:
-                self._log(progress.step, judged)
-                progress.judged_step = progress.step
-            accuracy = judged["eval_mean_token_accuracy"]
-            self._screen.say(
-                f"step {progress.step}: eval_loss {judged['eval_loss']:.4f}, "
-                f"perplexity {judged['eval_perplexity']:.2f}, "
-                f"token accuracy {accuracy:.1%}"
+        sums = self._run.evaluate(state)
+        if sums is None:
+            return {}
+        module = self._experiment.metrics_module
+        judged = {f"eval_{k}": v for k, v in module.summarize(sums).items()}
+        if not math.isfinite(judged["eval_loss"]):
+            raise UserError(
+                f"after step {progress.step} eval_loss is {judged['eval_loss']}; "
+                "that step is not saved: lower optimizer.learning_rate, or look "
+                "at the held-out rows if it is so from the start"
             )
+        self.last |= judged
+        if progress.judged_step < progress.step:
+            self._log(progress.step, judged)
+            progress.judged_step = progress.step
+        numbers = ", ".join(f"{name} {value:.5g}" for name, value in judged.items())
+        self._screen.say(f"step {progress.step}: {numbers}")
+        report = module.report(sums, self._run.label_names)
+        if report:
+            self._screen.say(report)
         return judged
 
     def _answer(self, state: TrainState, when: str) -> None:

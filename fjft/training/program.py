@@ -18,6 +18,7 @@ from fjft import sharding, tree
 from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.pack import empty_batch
+from fjft.errors import UserError
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft.rule import StepRule
@@ -47,6 +48,7 @@ class Program:
       num_trainable: Scalars that are trained.
       flops_per_token: Model FLOPs of training on one token.
       batch_size: Rows of a batch.
+      examples: What kind of examples it holds, a key of `data.encoders.ENCODERS`.
       mesh: Where everything lies.
     """
 
@@ -62,10 +64,21 @@ class Program:
     num_trainable: int
     flops_per_token: float
     batch_size: int
+    examples: str
     mesh: Mesh
 
     def batch_shapes(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape, dtype and sharding of a batch whose rows have `length` tokens."""
+        """Shape, dtype and sharding of a batch whose rows have `length` tokens.
+
+        Raises:
+          UserError: The objective learns from other examples than text, whose shapes
+            depend on the data.
+        """
+        if self.examples != "text":
+            raise UserError(
+                f"the shapes of {self.examples} batches are not known without the "
+                "data; only those of text are"
+            )
         rows = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
@@ -118,10 +131,9 @@ def build_program(
     if hasattr(e.method, "step_rule"):
         rule = e.method.step_rule(blueprint.model, blueprint.sites, e.peft, total_steps)
     state = abstract_state(trainable, optimizer, rule, on_host=e.optimizer.offload)
-    loss = _make_loss(e)
     train_step = steps.make_train_step(
         blueprint.graphdef,
-        loss,
+        _make_loss(e),
         optimizer,
         accumulation_steps=e.train.accumulation_steps,
         max_grad_norm=e.optimizer.max_grad_norm,
@@ -134,7 +146,7 @@ def build_program(
         optimizer=optimizer,
         rule=rule,
         train_step=steps.jit_train_step(train_step, state, mesh),
-        eval_step=jax.jit(steps.make_eval_step(blueprint.graphdef, loss)),
+        eval_step=jax.jit(steps.make_eval_step(blueprint.graphdef, make_judge(e))),
         schedule=make_schedule(e.optimizer, total_steps),
         total_steps=total_steps,
         num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),
@@ -142,18 +154,29 @@ def build_program(
             trainable, frozen, axes, getattr(blueprint.model.arch, "experts", None)
         ),
         batch_size=e.train.batch_size,
+        examples=e.objective_module.EXAMPLES,
         mesh=mesh,
     )
 
 
 def _make_loss(e: Experiment) -> steps.Loss:
-    """Makes the objective's `(model, batch, rng) -> sums`; rng None is evaluation."""
+    """Makes the objective's `(model, batch, rng) -> sums` of a training step."""
 
     def loss(model: Any, batch: steps.Batch, rng: jax.Array | None) -> Any:
-        remat = e.model.remat if rng is not None else "none"
-        return e.objective_module.loss(model, batch, e.objective, rng=rng, remat=remat)
+        return e.objective_module.loss(
+            model, batch, e.objective, rng=rng, remat=e.model.remat
+        )
 
     return loss
+
+
+def make_judge(e: Experiment) -> steps.Judge:
+    """Makes the objective's `(model, batch) -> sums` of an evaluation."""
+
+    def judge(model: Any, batch: steps.Batch) -> Any:
+        return e.objective_module.evaluate(model, batch, e.objective)
+
+    return judge
 
 
 def _stack_axes(axes: tuple[str | None, ...]) -> int:

@@ -17,8 +17,8 @@ from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
-from fjft.evaluate.perplexity import evaluate_sums
-from fjft.pretrained import build_model
+from fjft.evaluate.sums import add_up
+from fjft.pretrained import build_model, choose_head, name_labels
 from fjft.training import step as steps
 from fjft.training.program import Program, build_program
 from fjft.training.state import TrainState, init_state
@@ -33,24 +33,26 @@ class Run(Program):
       frozen: The parameters that are only read.
       loader: Training batches.
       eval_loader: Held-out batches, or None.
+      label_names: What the head tells apart, in the order of ids, where it does.
     """
 
     graphdef: nnx.GraphDef
     frozen: tree.Params
     loader: Loader
     eval_loader: Loader | None
+    label_names: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[steps.Batch]:
         """Training batches from where the loader stands, on the devices."""
         return (place(batch, self.mesh) for batch in self.loader)
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Judges the held-out rows; empty when there are none."""
+    def evaluate(self, state: TrainState) -> Any:
+        """The objective's sums over the held-out rows; None when there are none."""
         if self.eval_loader is None:
-            return {}
+            return None
         judge = functools.partial(self.eval_step, state.params, self.frozen)
         batches = self.eval_loader.batches()
-        return evaluate_sums(judge, (place(batch, self.mesh) for batch in batches))
+        return add_up(judge, (place(batch, self.mesh) for batch in batches))
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
@@ -105,7 +107,11 @@ def build_run(
     if total_steps < 1:
         raise UserError("train.max_steps and train.num_epochs ask for no step at all")
 
-    program = build_program(e, mesh, files, total_steps)
+    labels, head = train.examples.labels, e.objective_module.HEAD
+    num_labels = None if labels is None else len(labels.names)
+    if labels is not None:
+        files = name_labels(files, labels)
+    program = build_program(e, mesh, choose_head(files, head, num_labels), total_steps)
     model = build_model(
         files,
         method=e.method,
@@ -114,6 +120,8 @@ def build_run(
         mesh=mesh,
         seed=e.train.seed,
         quantization=e.model.quantization,
+        head=head,
+        num_labels=num_labels,
     )
     graphdef, params = tree.split(model)
     trainable, frozen = tree.partition(params, program.state_shapes.params.__contains__)
@@ -123,6 +131,7 @@ def build_run(
         frozen=frozen,
         loader=loader,
         eval_loader=eval_loader,
+        label_names=labels.names if labels is not None else (),
     )
     return run, init_state(
         trainable,

@@ -16,8 +16,10 @@ from fjft.sharding import constrain
 from fjft.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-# (model, batch, rng) -> sums with `loss`, `weight`, `correct`; rng None is evaluation.
+# (model, batch, rng) -> sums with `loss`, `weight`, `correct`.
 Loss = Callable[[Any, Batch, jax.Array | None], Any]
+# (model, batch) -> an evaluation's sums.
+Judge = Callable[[Any, Batch], Any]
 
 
 class StepMetrics(NamedTuple):
@@ -25,8 +27,8 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss_sum: Summed loss, in nats.
-      weight_sum: Number of trained tokens.
-      correct_sum: Number of them whose target had the largest logit.
+      weight_sum: What the loss is divided by: the number of trained tokens or labels.
+      correct_sum: The part of it that was predicted right.
       num_tokens: Tokens that are not padding.
       grad_norm: Global norm of the mean loss's gradient, before clipping.
       is_finite: Whether loss, gradient and update were; if not, nothing was updated.
@@ -81,7 +83,8 @@ def make_train_step(
             return sums, grads
 
         sums, grads = _sum_over(microstep, batch, accumulation_steps)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
         if rule is not None:
             penalty = jax.grad(rule.penalty)(state.params)
             grads = jax.tree.map(jnp.add, grads, penalty)
@@ -154,11 +157,11 @@ def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, loss: Loss
+    graphdef: nnx.GraphDef, judge: Judge
 ) -> Callable[[tree.Params, tree.Params, Batch], Any]:
     """Makes `(params, frozen, batch) -> sums`, without anything random in it."""
 
     def eval_step(params: tree.Params, frozen: tree.Params, batch: Batch) -> Any:
-        return loss(tree.merge(graphdef, frozen, params), batch, None)
+        return judge(tree.merge(graphdef, frozen, params), batch)
 
     return eval_step

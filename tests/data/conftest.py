@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 import transformers
 
-from fjft.data.examples import IGNORED, Examples, Spool
+from fjft.data.examples import IGNORED, Example, Examples, Spool
 
 SPECIAL = [
     "<|im_start|>",
@@ -56,12 +56,12 @@ def _make_examples(lengths, seed: int = 0) -> Examples:
     rng = np.random.default_rng(seed)
     spool = Spool()
     start = 1
-    pairs = []
+    examples = []
     for length in lengths:
         ids = np.arange(start, start + length, dtype=np.int32)
         labels = np.where(rng.random(length) < 0.5, ids, IGNORED).astype(np.int32)
         labels[0] = IGNORED
-        pairs.append((ids, labels))
+        examples.append(Example({"input_ids": ids, "labels": labels}))
         start += length
-    spool.add(pairs, range(len(pairs)))
+    spool.add(examples, range(len(examples)))
     return spool.finish()

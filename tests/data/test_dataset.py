@@ -5,7 +5,7 @@ import pytest
 
 from fjft.data.config import Config
 from fjft.data.dataset import load_examples
-from fjft.data.examples import IGNORED, Spool
+from fjft.data.examples import IGNORED, Example, Spool
 from fjft.errors import UserError
 
 CHATML = (
@@ -112,7 +112,10 @@ def test_separate_evaluation_data(chatml, write):
 
 
 def first_tokens(rows):
-    return {rows.examples[i][0].tobytes() for i in range(len(rows.examples))}
+    return {
+        rows.examples[i].columns["input_ids"].tobytes()
+        for i in range(len(rows.examples))
+    }
 
 
 def test_held_out_rows_depend_on_seed_and_row_alone(chatml, write):
@@ -177,7 +180,7 @@ def test_chats_beyond_one_chunk_keep_their_order(chatml, write):
     path = write(*[pair(i) for i in range(2500)])
     train, _, _ = load_examples(Config(train=path), chatml)
     texts = [
-        chatml.decode(train.examples[i][0], skip_special_tokens=True)
+        chatml.decode(train.examples[i].columns["input_ids"], skip_special_tokens=True)
         for i in (0, 1023, 1024, 2499)
     ]
     assert texts == [f"Say {i}: {i}" for i in (0, 1023, 1024, 2499)]
@@ -187,10 +190,11 @@ def test_chats_beyond_one_chunk_keep_their_order(chatml, write):
 def test_spool_leaves_nothing_behind(tmp_path):
     spool = Spool(tmp_path)
     ids = np.array([1, 2, 3], np.int32)
-    spool.add([(ids, np.array([IGNORED, 2, 3], np.int32))], [7])
+    labels = np.array([IGNORED, 2, 3], np.int32)
+    spool.add([Example({"input_ids": ids, "labels": labels})], [7])
     examples = spool.finish()
     assert list(tmp_path.iterdir()) == []
-    np.testing.assert_array_equal(examples[0][0], ids)
+    np.testing.assert_array_equal(examples[0].columns["input_ids"], ids)
     assert (examples.supervised[0], examples.row_numbers[0]) == (2, 7)
     unfinished = Spool(tmp_path)
     del unfinished
@@ -209,8 +213,9 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch, error):
             pass
 
     monkeypatch.setattr(type(tmp_path), "open", lambda *_: FullFile())
+    ones = np.ones(2, np.int32)
     with pytest.raises(UserError, match="TMPDIR"):
-        spool.add([(np.ones(2, np.int32), np.ones(2, np.int32))], [0])
+        spool.add([Example({"input_ids": ones, "labels": ones})], [0])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,7 @@ def test_real_conversations(chatml, language):
     assert report.efficiency > 0.9
     for rows in (train, held_out):
         for i in range(0, len(rows.examples), 37):
-            ids, labels = rows.examples[i]
+            ids, labels = rows.examples[i].columns.values()
             # Between the header and the end of each turn, exactly the answers.
             text = chatml.decode(ids)
             answers = [

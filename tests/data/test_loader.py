@@ -121,7 +121,7 @@ def test_evaluation_reads_in_order_again_and_again(make_rows):
     assert loader.served == 0
     starts = np.concatenate([b["input_ids"][:, 0] for b in first])
     np.testing.assert_array_equal(
-        starts[:10], [rows.examples[i][0][0] for i in range(10)]
+        starts[:10], [rows.examples[i].columns["input_ids"][0] for i in range(10)]
     )
     assert not first[-1]["segment_ids"][2:].any()
 

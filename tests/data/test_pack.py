@@ -86,7 +86,7 @@ def test_round_trip(packing, make_examples):
                 )
     assert len(found) == len(examples)
     for i in range(len(examples)):
-        ids, labels = examples[i]
+        ids, labels = examples[i].columns.values()
         np.testing.assert_array_equal(found[ids[0]][0], ids)
         np.testing.assert_array_equal(found[ids[0]][1], labels)
 

@@ -89,7 +89,7 @@ def refuse(*args, **kwargs) -> MalformedError:
 
 def learned(tokenizer, example):
     """The learned runs, decoded."""
-    text = show_example(tokenizer, example.input_ids, example.labels)
+    text = show_example(tokenizer, example)
     return [run.split("】")[0] for run in text.split("【")[1:]]
 
 
@@ -108,9 +108,12 @@ def test_answers_and_their_ends_are_learned(tokenizer, template, end, system):
     example = encode(tokenizer, chat, template)
     assert learned(tokenizer, example) == [TURNS[1] + end, TURNS[3] + end]
     whole = tokenizer.apply_chat_template(chat.messages, return_dict=True)["input_ids"]
-    assert example.input_ids.tolist() == whole
-    is_learned = example.labels != IGNORED
-    assert (example.labels[is_learned] == example.input_ids[is_learned]).all()
+    assert example.columns["input_ids"].tolist() == whole
+    is_learned = example.columns["labels"] != IGNORED
+    assert (
+        example.columns["labels"][is_learned]
+        == example.columns["input_ids"][is_learned]
+    ).all()
     assert example.end_tokens == (tokenizer.convert_tokens_to_ids(end),) * 2
 
 
@@ -140,24 +143,26 @@ def test_equals_the_mask_of_generation_blocks(tokenizer):
         oracle = tokenizer.apply_chat_template(
             chat.messages, return_dict=True, return_assistant_tokens_mask=True
         )
-        assert example.input_ids.tolist() == oracle["input_ids"]
-        mask = (example.labels != IGNORED).astype(int).tolist()
+        assert example.columns["input_ids"].tolist() == oracle["input_ids"]
+        mask = (example.columns["labels"] != IGNORED).astype(int).tolist()
         assert mask == oracle["assistant_masks"], contents
 
 
 def test_token_across_the_start_of_a_turn_is_learned(tokenizer):
     example = encode(tokenizer, make_chat("Hi", "\n\nHello"), CHATML)
     merged = tokenizer.convert_tokens_to_ids("ĊĊ")
-    where = example.input_ids.tolist().index(merged)
-    assert example.labels[where] == merged
-    assert example.labels[where - 1] == IGNORED
+    where = example.columns["input_ids"].tolist().index(merged)
+    assert example.columns["labels"][where] == merged
+    assert example.columns["labels"][where - 1] == IGNORED
 
 
 def test_bytes_of_one_character_are_all_learned(tokenizer):
     example = encode(tokenizer, make_chat("Hi", "👍🏽"), CHATML)
     ids = tokenizer("👍🏽<|im_end|>")["input_ids"]
     assert len(ids) > 5
-    assert example.labels[example.labels != IGNORED].tolist() == ids
+    assert (
+        example.columns["labels"][example.columns["labels"] != IGNORED].tolist() == ids
+    )
 
 
 @pytest.mark.parametrize("trims", [True, False])
@@ -218,8 +223,8 @@ def test_train_on(tokenizer):
     last = encode(tokenizer, chat, CHATML, train_on="last")
     assert learned(tokenizer, last) == [TURNS[3] + "<|im_end|>"]
     whole = encode(tokenizer, chat, CHATML, train_on="all")
-    assert whole.labels[0] == IGNORED
-    assert (whole.labels[1:] == whole.input_ids[1:]).all()
+    assert whole.columns["labels"][0] == IGNORED
+    assert (whole.columns["labels"][1:] == whole.columns["input_ids"][1:]).all()
     assert whole.end_tokens == last.end_tokens * 2
 
 
@@ -251,7 +256,7 @@ def test_pairs_learn_the_completion_and_eos(tokenizer):
     assert learned(tokenizer, example) == [" 4 你<eos>"]
     assert example.end_tokens == (tokenizer.eos_token_id,)
     whole = encode(tokenizer, pair, train_on="all")
-    assert (whole.labels[1:] != IGNORED).all()
+    assert (whole.columns["labels"][1:] != IGNORED).all()
 
 
 def test_texts_learn_everything_and_eos(tokenizer):
@@ -264,14 +269,18 @@ def test_texts_learn_everything_and_eos(tokenizer):
     )
     example = encode(tokenizer, Text("Hello there"))
     ids = tokenizer("Hello there")["input_ids"]
-    assert example.input_ids.tolist() == [*ids, tokenizer.eos_token_id]
-    assert example.labels.tolist() == [IGNORED, *ids[1:], tokenizer.eos_token_id]
+    assert example.columns["input_ids"].tolist() == [*ids, tokenizer.eos_token_id]
+    assert example.columns["labels"].tolist() == [
+        IGNORED,
+        *ids[1:],
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_eos_is_learned_when_it_is_also_the_padding(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     example = encode(tokenizer, Text("Hello"))
-    assert example.labels[-1] == tokenizer.eos_token_id
+    assert example.columns["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_too_long(tokenizer):
@@ -280,7 +289,7 @@ def test_too_long(tokenizer):
     assert "max_length = 20" in dropped.reason
     cut = encode(tokenizer, chat, CHATML, max_length=20, truncation="truncate")
     assert cut.is_truncated
-    assert len(cut.input_ids) == 20
+    assert len(cut.columns["input_ids"]) == 20
     assert cut.end_tokens == ()
     late = refuse(tokenizer, chat, CHATML, max_length=4, truncation="truncate")
     assert "behind max_length" in late.detail
@@ -323,9 +332,10 @@ def test_stock_templates_agree_with_trl(tokenizer, name):
     oracle = tokenizer.apply_chat_template(
         chat.messages, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert example.input_ids.tolist() == oracle["input_ids"]
+    assert example.columns["input_ids"].tolist() == oracle["input_ids"]
     labels = np.where(oracle["assistant_masks"], oracle["input_ids"], IGNORED)
-    theirs = show_example(tokenizer, np.array(oracle["input_ids"]), labels)
+    columns = {"input_ids": np.array(oracle["input_ids"]), "labels": labels}
+    theirs = show_example(tokenizer, Example(columns))
     runs = [run.split("】")[0].strip("\n") for run in theirs.split("【")[1:]]
     assert len(runs) == 2
     assert learned(tokenizer, example) == runs
@@ -346,7 +356,7 @@ def test_real_tokenizer_and_template(smollm2):
     chat = make_chat(*TURNS)
     example = encode(smollm2, chat, smollm2.chat_template)
     whole = smollm2.apply_chat_template(chat.messages, return_dict=True)["input_ids"]
-    assert example.input_ids.tolist() == whole
+    assert example.columns["input_ids"].tolist() == whole
     ends = [TURNS[1] + "<|im_end|>", TURNS[3] + "<|im_end|>"]
     assert learned(smollm2, example) == ends
     assert example.end_tokens == (smollm2.eos_token_id,) * 2

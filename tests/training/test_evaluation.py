@@ -9,6 +9,7 @@ from tiny_experiment import make_config, start
 
 from fjft.build import build_experiment
 from fjft.data.dataset import load_examples
+from fjft.evaluate import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def judged(llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="float32")
     losses, hits = [], []
     for i in range(len(held_out.examples)):
-        ids, labels = held_out.examples[i]
+        ids, labels = held_out.examples[i].columns.values()
         with torch.no_grad():
             logits = model(torch.tensor(ids[None]).long()).logits[0, :-1].double()
         log_probs = logits.log_softmax(-1).numpy()
@@ -53,8 +54,8 @@ def test_eval_loss_is_torchs_mean_over_tokens(
     if batch_size == 3:
         assert num_rows % 3, "the last batch should have been partial"
     with jax.set_mesh(started.mesh):
-        found = started.run.evaluate(started.state)
-    assert found["eval_num_tokens"] == count
-    assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
-    assert found["eval_mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-12)
-    assert found["eval_perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+        found = perplexity.summarize(started.run.evaluate(started.state))
+    assert found["num_tokens"] == count
+    assert found["loss"] == pytest.approx(loss, rel=1e-6)
+    assert found["mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-12)
+    assert found["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)

@@ -62,7 +62,7 @@ def test_windows_are_means_over_tokens(llama, good, tmp_path):
     assert list(found) == [3, 6, 9, 10]
     experiment = loop_module.build_experiment(config)
     files = loop_module.open_model(experiment.model.source)
-    rows, _, _ = loop_module.load_examples(experiment.data, files.load_tokenizer(), 0)
+    rows, _, _ = experiment.load_examples(files.load_tokenizer())
     loader = Loader(rows, 8, seed=0, num_epochs=None)
     weights = {
         n + 1: int((loader.assemble(n)["labels"] != -100).sum()) for n in range(10)
@@ -110,7 +110,7 @@ def test_nan_stops_names_the_rows_and_saves_nothing_bad(
     message = str(stopped.value)
     experiment = loop_module.build_experiment(make_config(llama, tmp_path))
     files = loop_module.open_model(llama)
-    rows, _, _ = loop_module.load_examples(experiment.data, files.load_tokenizer(), 0)
+    rows, _, _ = experiment.load_examples(files.load_tokenizer())
     chosen = Loader(rows, 8, seed=0, num_epochs=None).choose_rows(5).tolist()
     assert f"step 6, batch 5 (rows {chosen}): loss nan" in message
     assert "checkpoint 4 is good" in message

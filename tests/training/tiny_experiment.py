@@ -156,15 +156,12 @@ def start(
     from fjft import sharding
     from fjft.build import build_experiment
     from fjft.checkpoint.source import open_model
-    from fjft.data.dataset import load_examples
     from fjft.training.run import build_run
 
     experiment = build_experiment(config)
     lies_on = sharding.make_mesh(sharding.Config(*mesh))
     files = open_model(experiment.model.source)
-    rows, held_out, _ = load_examples(
-        experiment.data, files.load_tokenizer(), experiment.train.seed
-    )
+    rows, held_out, _ = experiment.load_examples(files.load_tokenizer())
     with jax.set_mesh(lies_on):
         run, state = build_run(experiment, lies_on, files, rows, held_out)
     return Started(run, state, lies_on)
