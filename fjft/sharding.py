@@ -140,8 +140,27 @@ def param_shardings(
                     f"{path}: no sharding rule for axis {name!r}; known: {list(RULES)}"
                 )
             _check_divides(path, name, size, mesh)
-        shardings[path] = NamedSharding(mesh, spec(names))
+        parts = _spread_factor(names, shapes[path], mesh)
+        shardings[path] = NamedSharding(mesh, parts)
     return shardings
+
+
+def _spread_factor(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+) -> P:
+    """The partition of a parameter, with both factors of a product cut over `fsdp`.
+
+    Of the two matrices that a low-rank product is made of only one has the axis that
+    `fsdp` cuts. So that not every device keeps the other one whole, with its gradient
+    and moments, the axis that `tensor` cuts is cut further, where it divides.
+    """
+    parts = spec(names)
+    if "rank" not in names or "fsdp" in parts or "tensor" not in parts:
+        return parts
+    axis = parts.index("tensor")
+    if shape[axis] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
+        return parts
+    return P(*parts[:axis], ("tensor", "fsdp"), *parts[axis + 1 :])
 
 
 def _check_divides(path: str, name: str | None, size: int, mesh: Mesh) -> None:

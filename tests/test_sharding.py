@@ -67,6 +67,14 @@ def test_parameters_lie_where_the_table_says(get_twins, sizes):
     model = tiny.build_model(get_twins(CASE).directory, lora, config, mesh)
     _, params = tree.split(model)
     block = "layers.blocks.0"
+    _, fsdp, tensor = sizes
+
+    def spread(size):
+        """A factor that its own rule leaves whole over fsdp is cut if it divides."""
+        return "tensor" if size % (tensor * fsdp) else ("tensor", "fsdp")
+
+    q_out = params[f"{block}.attention.q.weight"].shape[1]
+    down_in = params[f"{block}.mlp.down.weight"].shape[2]
     specs = {
         "embedding.weight": P("tensor", "fsdp"),
         "lm_head.weight": P("tensor", "fsdp"),
@@ -78,12 +86,12 @@ def test_parameters_lie_where_the_table_says(get_twins, sizes):
         f"{block}.mlp.down.weight": P(None, "fsdp", "tensor"),
         f"{block}.mlp.gate.weight": P(None, "tensor", "fsdp"),
         f"{block}.attention.q.adapter.a": P(None, None, "fsdp"),
-        f"{block}.attention.q.adapter.b": P(None, "tensor", None),
-        f"{block}.mlp.down.adapter.a": P(None, None, "tensor"),
+        f"{block}.attention.q.adapter.b": P(None, spread(q_out), None),
+        f"{block}.mlp.down.adapter.a": P(None, None, spread(down_in)),
         f"{block}.mlp.down.adapter.b": P(None, "fsdp", None),
     }
-    _, fsdp, tensor = sizes
     split = {None: 1, "fsdp": fsdp, "tensor": tensor}
+    split["tensor", "fsdp"] = tensor * fsdp
     for path, spec in specs.items():
         param = params[path]
         assert param.sharding.spec == spec, path

@@ -48,10 +48,10 @@ def test_meshes_give_the_same_losses(llama, reference, tmp_path, mesh):
     block = "layers.blocks.0."
     expected = {
         f"{block}attention.q.adapter.a": P(None, None, "fsdp"),
-        f"{block}attention.q.adapter.b": P(None, "tensor", None),
-        f"{block}attention.o.adapter.a": P(None, None, "tensor"),
+        f"{block}attention.q.adapter.b": P(None, ("tensor", "fsdp"), None),
+        f"{block}attention.o.adapter.a": P(None, None, ("tensor", "fsdp")),
         f"{block}attention.o.adapter.b": P(None, "fsdp", None),
-        f"{block}mlp.down.adapter.a": P(None, None, "tensor"),
+        f"{block}mlp.down.adapter.a": P(None, None, ("tensor", "fsdp")),
     }
     specs = {path: value.sharding.spec for path, value in state.params.items()}
     assert expected.items() <= specs.items()
