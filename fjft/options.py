@@ -46,7 +46,7 @@ def make_section(cls: type[T], name: str, values: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
-def check_name(option: str, name: str, known: Iterable[str]) -> None:
+def check_name(option: str, name: str | None, known: Iterable[str | None]) -> None:
     """Checks that a name is in a table.
 
     Raises:

@@ -18,7 +18,7 @@ def keep_programs(directory: str) -> None:
     Args:
       directory: Where; `~` is the user's home, and "" keeps nothing.
     """
-    if not directory or jax.config.jax_compilation_cache_dir is not None:
+    if not directory or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     # Deferred, as it is an experimental part of JAX.
     from jax.experimental.compilation_cache import compilation_cache

@@ -57,6 +57,7 @@ def both(get_twins, tmp_path_factory):
             theirs = peft.get_peft_model(base, config, adapter_name=name)
         else:
             theirs.add_adapter(name, config)
+    assert theirs is not None
     torch.manual_seed(1)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:

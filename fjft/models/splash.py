@@ -1,6 +1,7 @@
 """Attention on TPU: splash attention, on every device for its own rows and heads."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ def _attend_rows(
         residual_checkpoint_name=name,
         interpret=interpret,
     )
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    # Without `save_residuals` the kernel gives its output alone.
+    out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return out.swapaxes(1, 2)[:, :T]
 
 

@@ -132,7 +132,7 @@ def make_optimizer(
 
 
 def _scale_each(rates: PerParameter[float]) -> optax.GradientTransformation:
-    def scale(updates: Params, params: Params | None) -> Params:
+    def scale(updates: Any, params: Any) -> Params:
         del params
         each = _spread(rates, updates)
         return {path: update * each[path] for path, update in updates.items()}

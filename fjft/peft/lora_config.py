@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fjft.errors import UserError
-from fjft.peft import starts, targets
+from fjft.peft import options, starts, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +91,7 @@ class Config:
 
 
 # Keys of PEFT's LoraConfig that leave what the adapter computes as it is.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "fan_in_fan_out",
-        "inference_mode",
-        "loftq_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_HARMLESS = ("loftq_config", "megatron_core", "qalora_group_size")
 
 # PEFT's ways to start from which A and B do not depend on the weight.
 _FREE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -119,7 +103,7 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     Raises:
       UserError: It uses a part of PEFT's LoRA that is not implemented.
     """
-    rest = {k: v for k, v in adapter_config.items() if k not in _HARMLESS}
+    rest = dict(adapter_config)
     start = rest.pop("init_lora_weights", True)
     if start in _FREE_STARTS:
         start = starts.DEFAULT
@@ -129,21 +113,12 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
             "too; save it as plain LoRA with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    modules = rest.pop("target_modules")
-    if not isinstance(modules, str):
-        modules = "|".join(map(re.escape, sorted(modules)))
-    modules = _in_layers(
-        modules, rest.pop("layers_to_transform", None), rest.pop("layers_pattern", None)
+    layers = rest.pop("layers_to_transform", None), rest.pop("layers_pattern", None)
+    rest["target_modules"] = _in_layers(
+        options.as_regex(rest["target_modules"]), *layers
     )
-    whole = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
-    names = {field.name for field in dataclasses.fields(Config)}
-    known = {name: rest.pop(name) for name in names & set(rest)}
-    unknown = {k: v for k, v in rest.items() if v and (k, v) != ("bias", "none")}
-    if unknown:
-        raise UserError(f"the adapter uses parts of LoRA that fjft lacks: {unknown}")
-    known |= {"target_modules": modules, "modules_to_save": whole}
-    known["init_lora_weights"] = start
-    return Config(**known)
+    rest["init_lora_weights"] = start
+    return options.read(Config, rest, patterns=("modules_to_save",), harmless=_HARMLESS)
 
 
 def _in_layers(

@@ -19,6 +19,7 @@ _HARMLESS = frozenset(
         "peft_type",
         "peft_version",
         "revision",
+        "runtime_config",
         "task_type",
     }
 )
@@ -53,9 +54,14 @@ def read(
       UserError: It uses a part of the method that is not implemented.
     """
     names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    rest = {k: v for k, v in adapter_config.items() if k not in {*_HARMLESS, *harmless}}
+    ignored = {*_HARMLESS, *harmless}
+    rest = {
+        key: value
+        for key, value in adapter_config.items()
+        if key not in ignored and value is not None
+    }
     known = {name: rest.pop(name) for name in names & set(rest)}
-    unknown = {key: value for key, value in rest.items() if value}
+    unknown = {k: v for k, v in rest.items() if v and (k, v) != ("bias", "none")}
     if unknown:
         kind = adapter_config.get("peft_type")
         raise UserError(f"the adapter uses parts of {kind} that fjft lacks: {unknown}")

@@ -176,6 +176,7 @@ def choose_rows(model: Any, names: Sequence[str | None]) -> None:
     Raises:
       UserError: The model has no such adapter.
     """
+    module: Any
     for module in several_of(model):
         for name in names:
             check_name("adapter", name, (*module.names, None))

@@ -5,7 +5,6 @@ Kopiczko et al. 2024, equation 2.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from fjft import tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker, Shared, broadcast, dropout
 from fjft.models.weights import Site, module_at
-from fjft.peft import saved, targets
+from fjft.peft import options, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Fixed
 from fjft.peft.targets import PeftTensor
 
@@ -162,7 +161,7 @@ def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
         param[...] = jax.device_put(value, param[...].sharding)
 
 
-def draw(seed: int, *shapes: tuple[int, int]) -> list[np.ndarray]:
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     """Matrices of kaiming-uniform numbers, to the bit those of torch's generator.
 
     torch takes the lowest 24 bits of each number of a Mersenne twister, and rounds once
@@ -259,37 +258,13 @@ def _adapters(
             yield site, adapter
 
 
-# Keys of PEFT's VeraConfig that leave what the adapter computes as it is.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_weights",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
-
-
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     """The options that an `adapter_config.json` stands for.
 
     Raises:
       UserError: It uses a part of PEFT's VeRA that is not implemented.
     """
-    rest = {k: v for k, v in adapter_config.items() if k not in _HARMLESS}
-    modules = rest.pop("target_modules")
-    if not isinstance(modules, str):
-        modules = "|".join(map(re.escape, sorted(modules)))
-    whole = "|".join(map(re.escape, rest.pop("modules_to_save", None) or ()))
-    names = {field.name for field in dataclasses.fields(Config)}
-    known = {name: rest.pop(name) for name in names & set(rest)}
-    unknown = {k: v for k, v in rest.items() if v and (k, v) != ("bias", "none")}
-    if unknown:
-        raise UserError(f"the adapter uses parts of VeRA that fjft lacks: {unknown}")
-    return Config(**known | {"target_modules": modules, "modules_to_save": whole})
+    patterns = ("target_modules", "modules_to_save")
+    return options.read(
+        Config, adapter_config, patterns=patterns, harmless=("init_weights",)
+    )

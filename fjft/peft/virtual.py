@@ -1,8 +1,6 @@
 """What the methods share that put virtual tokens before every row."""
 
-import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from fjft import tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker, normal
 from fjft.models.weights import Site, module_at
-from fjft.peft import saved
+from fjft.peft import options, saved
 from fjft.peft.targets import PeftTensor
 
 SLOT = "prompt"
@@ -144,22 +142,6 @@ def peft_tensors(sites: Sequence[Site], config: Any) -> list[PeftTensor]:
     return [own, *saved.tensors(config.modules_to_save, sites, PEFT_PREFIX)]
 
 
-# Keys of PEFT's configs that do not change what is computed, or that follow from the
-# model.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "num_attention_heads",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-        "token_dim",
-    }
-)
-
-
 def from_peft(
     config_class: type,
     adapter_config: Mapping[str, Any],
@@ -175,17 +157,9 @@ def from_peft(
     Raises:
       UserError: It uses a part of the method that is not implemented.
     """
-    rest = {
-        key: value
-        for key, value in adapter_config.items()
-        if key not in _HARMLESS | harmless and value not in (None, "", [])
-    }
-    known = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := {k: v for k, v in rest.items() if k not in known and v}:
-        raise UserError(
-            f"the adapter uses parts of {adapter_config['peft_type']} that fjft "
-            f"lacks: {unknown}"
-        )
-    options = {key: value for key, value in rest.items() if key in known}
-    whole = options.pop("modules_to_save", ())
-    return config_class(**options, modules_to_save="|".join(map(re.escape, whole)))
+    return options.read(
+        config_class,
+        adapter_config,
+        patterns=("modules_to_save",),
+        harmless={"num_attention_heads", "token_dim", *harmless},
+    )

@@ -1,6 +1,7 @@
 """Labelled texts: what the tokenizer makes of them, and which labels there are."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ def write(tmp_path):
 
 
 def read(path, tokenizer, **options):
-    options = {"packing": False, "max_length": 128} | options
-    config = Config(train=path, **options)
+    chosen: dict[str, Any] = {"packing": False, "max_length": 128} | options
+    config = Config(train=path, **chosen)
     return load_examples(config, tokenizer, 0, labelled.Encoder)
 
 
@@ -86,12 +87,15 @@ def test_long_texts_keep_their_special_tokens_or_go(bert_like, write, truncation
 def test_labels_are_sorted_counted_and_shown(tokenizer, write):
     rows = [{"text": "x", "label": label} for label in (10, 9, 9, -2)]
     train, _, report = read(write(rows), tokenizer)
-    assert train.examples.labels.names == ("-2", "9", "10")
-    assert [int(train.examples[i].target) for i in range(4)] == [2, 1, 1, 0]
+    labels = train.examples.labels
+    assert labels is not None
+    assert labels.names == ("-2", "9", "10")
+    targets = [train.examples[i].target for i in range(4)]
+    assert [int(t) for t in targets if t is not None] == [2, 1, 1, 0]
     assert report.labels == {"10": 1, "9": 2, "-2": 1}
     assert "  labels: -2 1, 10 1, 9 2" in report.describe()
     assert not report.warnings()
-    shown = labelled.show_example(tokenizer, train.examples[0], train.examples.labels)
+    shown = labelled.show_example(tokenizer, train.examples[0], labels)
     assert shown == "x → 10"
 
 
@@ -102,25 +106,31 @@ def test_several_labels_and_numbers(tokenizer, write):
         {"text": "z", "label": "c, b", "score": 0},
     ]
     train, *_ = read(write(rows), tokenizer, problem_type="multi_label_classification")
-    assert train.examples.labels.names == ("a", "b", "c")
-    assert train.examples.targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 1]]
+    labels, targets = train.examples.labels, train.examples.targets
+    assert labels is not None
+    assert targets is not None
+    assert labels.names == ("a", "b", "c")
+    assert targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 1]]
     train, *_ = read(
         write(rows), tokenizer, problem_type="regression", label_column="score"
     )
-    assert train.examples.targets.dtype == np.float32
-    assert train.examples.targets.tolist() == [[1.5], [-2.0], [0.0]]
+    targets = train.examples.targets
+    assert targets is not None
+    assert targets.dtype == np.float32
+    assert targets.tolist() == [[1.5], [-2.0], [0.0]]
 
 
 def test_packed_rows_have_a_label_for_each_segment(tokenizer, write):
     packed, *_ = read(write(ROWS[:2]), tokenizer, packing=True, max_length=64)
     batch = packed.assemble(np.array([0]), 2, 64)
+    labels = packed.examples.labels
+    assert labels is not None
     assert batch["labels"].shape == (2, 2)
     assert sorted(batch["labels"][0]) == [0, 1]
     assert batch["labels"][1].tolist() == [-100, -100]
     for segment, label in enumerate(batch["labels"][0], 1):
         here = batch["segment_ids"][0] == segment
-        names = packed.examples.labels.names
-        row = ROWS[["fast", "slow"].index(names[label])]
+        row = ROWS[["fast", "slow"].index(labels.names[label])]
         assert batch["input_ids"][0, here].tolist() == tokenizer(row["text"]).input_ids
 
 

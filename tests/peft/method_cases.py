@@ -98,7 +98,7 @@ def _virtual(
 
     def trained(model: Any) -> dict[str, Any]:
         found = peft_twins.trained_by_peft(model)
-        names = {"embedding.weight": "prompt_embeddings"} | network
+        names = {"embedding.weight": "prompt_embeddings", **network}
         own = {f"prompt_encoder.{theirs}": name for theirs, name in names.items()}
         return {own.get(name, name): p for name, p in found.items()}
 

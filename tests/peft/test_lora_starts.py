@@ -19,9 +19,9 @@ from fjft.peft import lora, starts
 from fjft.peft.lora_adapter import Adapter
 
 CASE = "llama/llama3-rope-biases"
-COMMON = {"r": 3, "lora_alpha": 7}
-SOME = {"target_modules": r".*\.(self_attn\.v_proj|mlp\.down_proj)"}
-PATTERNS = {
+COMMON: dict[str, Any] = {"r": 3, "lora_alpha": 7}
+SOME: dict[str, Any] = {"target_modules": r".*\.(self_attn\.v_proj|mlp\.down_proj)"}
+PATTERNS: dict[str, Any] = {
     "rank_pattern": {r"layers\.1\.self_attn\.v_proj": 2, "down_proj": 4},
     "alpha_pattern": {r"layers\.[02]\.mlp\.down_proj": 3},
 }
@@ -148,6 +148,8 @@ def test_doras_dropout_is_of_all_that_the_gain_changes():
     linear = Linear(make, "q", (24, 40), ("heads", "embed"), bias=True, std=1.0)
     adapter = Adapter(nnx.Rngs(1), linear, (3,), (1.5,), dropout=0.5, use_dora=True)
     adapter.start(linear, jnp.int32(3))
+    assert linear.bias is not None
+    assert adapter.magnitude is not None
     for number, param in enumerate((linear.bias, adapter.b, adapter.magnitude)):
         drawn = jax.random.normal(jax.random.key(number), param.shape)
         param[...] = param[...] + drawn

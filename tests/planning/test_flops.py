@@ -56,6 +56,7 @@ def test_what_xla_counts_without_loops_agrees():
         return x
 
     counted = jax.jit(f).lower(X, W).compile().cost_analysis()
+    assert counted is not None
     assert flops(f, X, W) == pytest.approx(counted["flops"], rel=0.02)
 
 

@@ -84,7 +84,9 @@ def spread(f, *specs_and_arrays):
     ]
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(f, out_shardings=everywhere).lower(*arrays).compile()
-    return hlo.Text(compiled.as_text()).measure()
+    text = compiled.as_text()
+    assert text is not None
+    return hlo.Text(text).measure()
 
 
 def test_collectives_of_a_real_program():

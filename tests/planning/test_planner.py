@@ -79,12 +79,16 @@ def test_a_plan_for_a_chip(llama):
     found = planner.Planner(config(llama, mesh__fsdp=1), "v5e-1")
     report = found.plan()
     assert report.fits
+    assert report.limit_bytes is not None
     assert 0 < report.peak_bytes < report.limit_bytes
     assert report.buffers
+    assert report.step_seconds is not None
     assert report.step_seconds > 0
+    assert report.mfu is not None
     assert 0 < report.mfu < 1
     tokens = 8 * 128
     assert report.tokens_per_second == pytest.approx(tokens / report.step_seconds)
+    assert report.total_seconds is not None
     assert report.total_seconds == pytest.approx(10 * report.step_seconds)
     assert report.total_price == pytest.approx(report.total_seconds / 3600 * 1.2)
     # The same again is not compiled again.
@@ -99,6 +103,7 @@ def test_a_plan_for_eight_chips_and_what_is_refused(llama):
     assert report.collectives["all-gather"][1] > 0
     huge = found.plan({"train.batch_size": 2**17})
     assert not huge.fits
+    assert huge.limit_bytes is not None
     assert huge.peak_bytes > huge.limit_bytes
     assert huge.step_seconds is None or huge.step_seconds > 0
     assert any("does not fit" in line for line in huge.describe())

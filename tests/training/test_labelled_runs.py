@@ -1,6 +1,7 @@
 """Classification from rows to a directory that transformers loads."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,8 +112,9 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     said = np.argmax(logits, -1)
     accuracy = sklearn.metrics.accuracy_score(labels, said)
     assert result.metrics["eval_accuracy"] == accuracy > 0.6
+    options: dict[str, Any] = {"digits": 4, "zero_division": 0}
     report = sklearn.metrics.classification_report(
-        labels, said, target_names=NAMES, digits=4, zero_division=0
+        labels, said, target_names=NAMES, **options
     )
     assert report in capsys.readouterr().out
 
