@@ -54,7 +54,7 @@ def read(
       UserError: It uses a part of the method that is not implemented.
     """
     names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    ignored = {*_HARMLESS, *harmless}
+    ignored = {*_HARMLESS, *harmless} - names
     rest = {
         key: value
         for key, value in adapter_config.items()
