@@ -7,8 +7,7 @@ are; `allocation.py` says when and which.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +19,12 @@ from jaxtyping import Array, Float, Key
 from fjft import tree
 from fjft.models.layers import Linear, Maker, dropout
 from fjft.models.weights import Site, module_at
-from fjft.peft import allocation, saved, targets
+from fjft.peft import allocation, existing, saved, targets
 from fjft.peft.adalora_config import Config as Config
 from fjft.peft.adalora_config import for_training, to_peft
 from fjft.peft.adalora_config import from_peft as from_peft
 from fjft.peft.lora_adapter import ADAPTER, Fixed
-from fjft.peft.low_rank import low_rank
+from fjft.peft.low_rank import add_to_weight, low_rank, matrix
 from fjft.peft.rule import StepRule
 from fjft.peft.targets import PeftTensor
 
@@ -90,22 +89,12 @@ class Adapter(nnx.Module):
 
     def merge(self, linear: Linear) -> None:
         """Changes the map so that it alone gives what map and adapter give."""
-        weight = linear.weight[...]
-        delta = jnp.einsum(
-            "...oR,...Ri->...oi",
-            self.b[...],
-            self.e[...] * self.a[...],
-            precision="highest",
-        )
         scale = self.scale[...].reshape(*self.scale.shape, 1, 1)
-        merged = weight.astype(jnp.float32) + delta * scale
-        linear.weight[...] = merged.astype(weight.dtype)
+        delta = matrix(self.e[...] * self.a[...], self.b[...])
+        add_to_weight(linear, delta * scale)
 
 
-def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
-    """AdaLoRA leaves the stack whole."""
-    del config, num_layers
-    return ()
+cuts = existing.cuts
 
 
 def attach(
@@ -141,7 +130,7 @@ def step_rule(
     """
     adapters = {
         f"{site.module}{ADAPTER}": tuple(rank is not None for rank in adapter.ranks)
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
     }
     return allocation.make_rule(for_training(config, total_steps), adapters)
 
@@ -158,10 +147,10 @@ def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> i
     adapters = sum(
         sum(rank or 0 for rank in adapter.ranks)
         * (adapter.a.shape[-1] + 1 + adapter.b.shape[-2])
-        for _, adapter in _adapters(model, sites)
+        for _, adapter in targets.adapters(model, sites)
     )
     whole = saved.paths(config.modules_to_save, sites)
-    return adapters + sum(math.prod(module_at(model, path).shape) for path in whole)
+    return adapters + existing.count(model, whole)
 
 
 def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Config]:
@@ -173,7 +162,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
     """
     kept = {
         module: tuple(bool(x) for x in layer.ravel())
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
         for module, rank, layer in zip(
             site.hf_modules, adapter.ranks, _nonzero(adapter), strict=True
         )
@@ -183,7 +172,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
     if config.rank_pattern or is_new or all(map(all, kept.values())):
         return model, config
     model = tree.merge(*tree.split(model))
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         _cut(adapter, site.hf_modules, kept)
     return model, dataclasses.replace(config, rank_pattern=kept)
 
@@ -222,7 +211,7 @@ def peft_config(
     """The method's part of PEFT's `adapter_config.json`."""
     adapted = [
         module
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
         for module, rank in zip(site.hf_modules, adapter.ranks, strict=True)
         if rank is not None
     ]
@@ -232,7 +221,7 @@ def peft_config(
         "modules_to_save": sorted(whole) or None,
         "bias": "none",
         # PEFT's word for maps that lie the other way round in the base model.
-        "fan_in_fan_out": any(s.transpose for s, _ in _adapters(model, sites)),
+        "fan_in_fan_out": any(s.transpose for s, _ in targets.adapters(model, sites)),
         "init_lora_weights": True,
     }
 
@@ -243,7 +232,7 @@ def peft_tensors(
     """PEFT's tensors, and the part of a parameter that each of them is."""
     table = []
     every = slice(None)
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         path = f"{site.module}{ADAPTER}"
         for i, rank in enumerate(adapter.ranks):
             if rank is None:
@@ -256,12 +245,3 @@ def peft_tensors(
                 PeftTensor(f"{name}.lora_B", f"{path}b", (*layer, every, used)),
             ]
     return table + saved.tensors(config.modules_to_save, sites)
-
-
-def _adapters(
-    model: nnx.Module, sites: Sequence[Site]
-) -> Iterator[tuple[Site, Adapter]]:
-    for site in targets.linear_sites(model, sites):
-        adapter = module_at(model, site.module).adapter
-        if adapter is not None:
-            yield site, adapter

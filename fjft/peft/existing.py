@@ -1,4 +1,4 @@
-"""What methods share that add nothing, and train parameters which the model has."""
+"""What methods share that leave the model, or most of it, as it stands."""
 
 import math
 from collections.abc import Iterable, Sequence

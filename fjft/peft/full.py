@@ -7,6 +7,7 @@ from flax import nnx
 
 from fjft import tree
 from fjft.models.weights import Site
+from fjft.peft import existing
 
 PEFT_TYPE = None
 
@@ -16,17 +17,7 @@ class Config:
     """Full fine-tuning has no options."""
 
 
-def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
-    """The stack stays whole."""
-    del config, num_layers
-    return ()
-
-
-def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
-) -> None:
-    """Adds nothing."""
-    del model, sites, config, rngs
+cuts, attach = existing.cuts, existing.attach
 
 
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:

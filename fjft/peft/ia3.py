@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker
+from fjft.models.layers import Linear, Maker, broadcast
 from fjft.models.weights import Site, module_at
-from fjft.peft import options, saved, targets
+from fjft.peft import existing, options, saved, targets
+from fjft.peft.lora_adapter import ADAPTER, Fixed
 from fjft.peft.targets import PeftTensor
 
 PEFT_TYPE = "IA3"
-ADAPTER = ".adapter."
 
 # What the paper scales, by the names that families have for it; PEFT's defaults.
 _KEYS_AND_VALUES = "k|v|k_proj|v_proj|key|value|c_attn|qkv_proj|query_key_value"
@@ -46,10 +46,6 @@ class Config:
         return bool(pattern) and targets.matches(pattern, module)
 
 
-class Adapted(nnx.Variable):
-    """One for each layer of a stack that is adapted, zero for the others."""
-
-
 class Adapter(nnx.Module):
     """Gives `scale * (W x + b)`, or `W (scale * x) + b`.
 
@@ -74,7 +70,7 @@ class Adapter(nnx.Module):
             shape, axes = (1, size_in), (None, in_axis)
         make = Maker(rngs, jnp.float32, tuple(stack))
         self.scale = make(shape, axes, jax.nn.initializers.ones)
-        self.adapted = Adapted(
+        self.adapted = Fixed(
             jnp.array(layers, jnp.float32).reshape(stack), axes=("layers",) * len(stack)
         )
         self.layers = layers
@@ -91,10 +87,7 @@ class Adapter(nnx.Module):
     def _scaled(self, x: jax.Array) -> jax.Array:
         """The product in float32, so that the scale's gradient is summed in it."""
         scale = jnp.where(self.adapted[...] != 0, self.scale[...].ravel(), 1)
-        product = x.astype(jnp.float32) * jax.lax.broadcast_in_dim(
-            scale, x.shape, (x.ndim - 1,)
-        )
-        return product.astype(x.dtype)
+        return (x.astype(jnp.float32) * broadcast(scale, x)).astype(x.dtype)
 
     def merge(self, linear: Linear) -> None:
         """Changes the map so that it alone gives what map and adapter give."""
@@ -111,10 +104,7 @@ def _scale_in_place(param: nnx.Param, scale: jax.Array) -> None:
     param[...] = (value.astype(jnp.float32) * scale).astype(value.dtype)
 
 
-def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
-    """IA3 leaves the stack whole."""
-    del config, num_layers
-    return ()
+cuts = existing.cuts
 
 
 def attach(
@@ -156,13 +146,10 @@ def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> i
     """The number of trained scalars, without those of layers that are not adapted."""
     vectors = sum(
         sum(adapter.layers) * math.prod(adapter.scale.shape[-2:])
-        for _, adapter in _adapters(model, sites)
+        for _, adapter in targets.adapters(model, sites)
     )
-    whole = (
-        module_at(model, path).shape
-        for path in saved.paths(config.modules_to_save, sites)
-    )
-    return vectors + sum(map(math.prod, whole))
+    whole = saved.paths(config.modules_to_save, sites)
+    return vectors + existing.count(model, whole)
 
 
 def peft_config(
@@ -170,7 +157,7 @@ def peft_config(
 ) -> dict[str, Any]:
     """What PEFT's `adapter_config.json` says of the method."""
     inputs, outputs = [], []
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         names = inputs if adapter.scales_input else outputs
         pairs = zip(site.hf_modules, adapter.layers, strict=True)
         names += [module for module, is_adapted in pairs if is_adapted]
@@ -185,7 +172,7 @@ def peft_config(
         "feedforward_modules": feedforward,
         "modules_to_save": sorted(set(whole)) or None,
         # PEFT's word for maps that lie the other way round in the base model.
-        "fan_in_fan_out": any(s.transpose for s, _ in _adapters(model, sites)),
+        "fan_in_fan_out": any(s.transpose for s, _ in targets.adapters(model, sites)),
         "init_ia3_weights": True,
     }
 
@@ -200,20 +187,11 @@ def peft_tensors(
             f"{site.module}{ADAPTER}scale",
             (i,) if site.lead else (),
         )
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
         for i, module in enumerate(site.hf_modules)
         if adapter.layers[i]
     ]
     return table + saved.tensors(config.modules_to_save, sites)
-
-
-def _adapters(
-    model: nnx.Module, sites: Sequence[Site]
-) -> Iterator[tuple[Site, Adapter]]:
-    for site in targets.linear_sites(model, sites):
-        adapter = module_at(model, site.module).adapter
-        if adapter is not None:
-            yield site, adapter
 
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:

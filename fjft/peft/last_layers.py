@@ -7,12 +7,12 @@ and the backward pass stops where they end.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from flax import nnx
 
 from fjft import tree
 from fjft.errors import UserError
 from fjft.models.weights import Site
+from fjft.peft import existing
 
 PEFT_TYPE = None
 
@@ -46,11 +46,7 @@ def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
     return (num_layers - config.num_layers,)
 
 
-def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
-) -> None:
-    """Adds nothing."""
-    del model, sites, config, rngs
+attach = existing.attach
 
 
 def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]:
@@ -77,6 +73,5 @@ def _layer_number(hf_name: str) -> int:
 
 def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> int:
     """The number of trained scalars."""
-    trainable = is_trainable(config, sites)
-    shapes = (p.shape for path, p in tree.split(model)[1].items() if trainable(path))
-    return sum(int(np.prod(shape)) for shape in shapes)
+    kept, _ = tree.partition(tree.split(model)[1], is_trainable(config, sites))
+    return tree.count(kept)

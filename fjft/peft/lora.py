@@ -3,8 +3,7 @@
 And what grew from it: rsLoRA, DoRA, and starts from the weight itself.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from flax import nnx
 from fjft import tree
 from fjft.errors import UserError
 from fjft.models.weights import Site, module_at
-from fjft.peft import saved, targets
+from fjft.peft import existing, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Adapter
 from fjft.peft.lora_config import Config as Config
 from fjft.peft.lora_config import from_peft as from_peft
@@ -23,10 +22,7 @@ from fjft.peft.targets import PeftTensor
 PEFT_TYPE = "LORA"
 
 
-def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
-    """LoRA leaves the stack whole."""
-    del config, num_layers
-    return ()
+cuts = existing.cuts
 
 
 def attach(
@@ -69,7 +65,7 @@ def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
     """Sets what depends on the base's weights, where they lie, a layer at a time."""
     if not (config.has_start or config.use_dora):
         return
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         linear = module_at(model, site.module)
         graphdef, params = tree.split(linear)
         shardings = {
@@ -109,7 +105,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
     if not config.has_start:
         return model, config
     model = tree.merge(*tree.split(model))
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         module_at(model, site.module).adapter = nnx.data(adapter.plain())
     return model, config.plain()
 
@@ -136,13 +132,13 @@ def rate(config: Config, path: str, num_axes: int) -> float:
 def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> int:
     """The number of trained scalars, without the padding of unequal ranks."""
     total = 0
-    for _, adapter in _adapters(model, sites):
+    for _, adapter in targets.adapters(model, sites):
         size_out, size_in = adapter.b.shape[-2], adapter.a.shape[-1]
         total += sum(adapter.ranks) * (size_out + size_in)
         if config.use_dora:
             total += sum(rank > 0 for rank in adapter.ranks) * size_out
     whole = saved.paths(config.modules_to_save, sites)
-    return total + sum(math.prod(module_at(model, path).shape) for path in whole)
+    return total + existing.count(model, whole)
 
 
 def peft_config(
@@ -151,7 +147,7 @@ def peft_config(
     """The method's part of PEFT's `adapter_config.json`."""
     adapted = [
         module
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
         for module, rank in zip(site.hf_modules, adapter.ranks, strict=True)
         if rank
     ]
@@ -167,7 +163,7 @@ def peft_config(
         "modules_to_save": sorted(modules) or None,
         "bias": "none",
         # PEFT's word for maps that lie the other way round in the base model.
-        "fan_in_fan_out": any(s.transpose for s, _ in _adapters(model, sites)),
+        "fan_in_fan_out": any(s.transpose for s, _ in targets.adapters(model, sites)),
         "init_lora_weights": True,
         "use_dora": config.use_dora,
     }
@@ -179,13 +175,13 @@ def peft_tensors(
     """PEFT's tensors, and the part of a parameter that each of them is."""
     table = []
     every = slice(None)
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         path = f"{site.module}{ADAPTER}"
         for i, rank in enumerate(adapter.ranks):
             if not rank:
                 continue
             layer, used = (i,) if site.lead else (), slice(rank)
-            parts = {
+            parts: dict[str, tuple[str, tuple]] = {
                 "lora_A.weight": ("a", (*layer, used, every)),
                 "lora_B.weight": ("b", (*layer, every, used)),
             }
@@ -197,12 +193,3 @@ def peft_tensors(
                 for leaf, (param, index) in parts.items()
             ]
     return table + saved.tensors(config.modules_to_save, sites)
-
-
-def _adapters(
-    model: nnx.Module, sites: Sequence[Site]
-) -> Iterator[tuple[Site, Adapter]]:
-    for site in targets.linear_sites(model, sites):
-        adapter = module_at(model, site.module).adapter
-        if adapter is not None:
-            yield site, adapter

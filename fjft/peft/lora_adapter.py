@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.layers import Linear, Maker, broadcast, dropout
 from fjft.peft import starts
-from fjft.peft.low_rank import low_rank
+from fjft.peft.low_rank import low_rank, matrix
 
 ADAPTER = ".adapter."
 
@@ -177,9 +177,9 @@ class Adapter(nnx.Module):
         """Changes the map so that it alone gives what map and adapter give."""
         weight = linear.weight[...]
         scale = self.scale[...].reshape(*self.scale.shape, 1, 1)
-        delta = _matrix(self.b[...], self.a[...])
+        delta = matrix(self.a[...], self.b[...])
         if self.start_a is not None and self.start_b is not None:
-            delta = delta - _matrix(self.start_b[...], self.start_a[...])
+            delta = delta - matrix(self.start_a[...], self.start_b[...])
         merged = weight.astype(jnp.float32) + delta * scale
         if self.magnitude is not None:
             lengths = jnp.linalg.norm(merged, axis=-1, keepdims=True)
@@ -209,7 +209,3 @@ class Adapter(nnx.Module):
         plain.ranks = tuple(2 * rank for rank in self.ranks)
         plain.begin = starts.DEFAULT
         return plain
-
-
-def _matrix(b: jax.Array, a: jax.Array) -> jax.Array:
-    return jnp.einsum("...oR,...Ri->...oi", b, a, precision="highest")

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from fjft.models.layers import Linear
+
 
 @jax.custom_vjp
 def low_rank(x, a, b, scale):
@@ -39,3 +41,14 @@ def _backward(residuals, grad):
 
 
 low_rank.defvjp(_forward, _backward)
+
+
+def matrix(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`b @ a`, the change of a weight: Float32[..., out, in]."""
+    return jnp.einsum("...oR,...Ri->...oi", b, a, precision="highest")
+
+
+def add_to_weight(linear: Linear, delta: jax.Array) -> None:
+    """Adds to a map's weight in float32, and rounds once."""
+    weight = linear.weight[...]
+    linear.weight[...] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)

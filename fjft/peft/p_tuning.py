@@ -14,10 +14,9 @@ from jaxtyping import Array, Float
 from fjft.errors import UserError
 from fjft.models.weights import Site
 from fjft.peft import prompt, virtual
-from fjft.peft.targets import PeftTensor
-from fjft.peft.virtual import cuts, is_trainable, num_trainable
+from fjft.peft.virtual import cuts, is_trainable, num_trainable, peft_tensors
 
-__all__ = ["Config", "cuts", "is_trainable", "num_trainable"]
+__all__ = ["Config", "cuts", "is_trainable", "num_trainable", "peft_tensors"]
 
 PEFT_TYPE = "P_TUNING"
 
@@ -107,14 +106,6 @@ def peft_config(model: Any, sites: Sequence[Site], config: Config) -> dict[str, 
         "encoder_hidden_size": config.encoder_hidden_size or sizes["token_dim"],
         "encoder_reparameterization_type": config.encoder_reparameterization_type,
     }
-
-
-def peft_tensors(
-    model: nnx.Module, sites: Sequence[Site], config: Config
-) -> list[PeftTensor]:
-    """PEFT's tensors, and the part of a parameter that each of them is."""
-    del model
-    return virtual.peft_tensors(sites, config)
 
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:

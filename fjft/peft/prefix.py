@@ -13,10 +13,9 @@ from fjft.models.encoder_decoder import EncoderDecoder
 from fjft.models.layers import Maker, normal
 from fjft.models.weights import Site
 from fjft.peft import virtual
-from fjft.peft.targets import PeftTensor
-from fjft.peft.virtual import cuts, is_trainable, num_trainable
+from fjft.peft.virtual import cuts, is_trainable, num_trainable, peft_tensors
 
-__all__ = ["Config", "cuts", "is_trainable", "num_trainable"]
+__all__ = ["Config", "cuts", "is_trainable", "num_trainable", "peft_tensors"]
 
 PEFT_TYPE = "PREFIX_TUNING"
 
@@ -194,14 +193,6 @@ def peft_config(model: Any, sites: Sequence[Site], config: Config) -> dict[str, 
         "prefix_projection": config.prefix_projection,
         "encoder_hidden_size": config.encoder_hidden_size or K * H,
     }
-
-
-def peft_tensors(
-    model: nnx.Module, sites: Sequence[Site], config: Config
-) -> list[PeftTensor]:
-    """PEFT's tensors, and the part of a parameter that each of them is."""
-    del model
-    return virtual.peft_tensors(sites, config)
 
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:

@@ -12,10 +12,9 @@ from fjft.errors import UserError
 from fjft.models.weights import Site
 from fjft.options import check_name
 from fjft.peft import virtual
-from fjft.peft.targets import PeftTensor
-from fjft.peft.virtual import cuts, is_trainable, num_trainable
+from fjft.peft.virtual import cuts, is_trainable, num_trainable, peft_tensors
 
-__all__ = ["Config", "cuts", "is_trainable", "num_trainable"]
+__all__ = ["Config", "cuts", "is_trainable", "num_trainable", "peft_tensors"]
 
 PEFT_TYPE = "PROMPT_TUNING"
 
@@ -107,14 +106,6 @@ def prompt_sizes(model: Any, config: Any) -> dict[str, int]:
         "num_layers": model.arch.num_layers,
         "num_transformer_submodules": config.num_transformer_submodules,
     }
-
-
-def peft_tensors(
-    model: nnx.Module, sites: Sequence[Site], config: Config
-) -> list[PeftTensor]:
-    """PEFT's tensors, and the part of a parameter that each of them is."""
-    del model
-    return virtual.peft_tensors(sites, config)
 
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:

@@ -15,7 +15,7 @@ from fjft.models.weights import Site, module_at
 from fjft.options import check_name
 from fjft.peft import targets
 from fjft.peft.lora_adapter import Adapter, Fixed
-from fjft.peft.low_rank import low_rank
+from fjft.peft.low_rank import add_to_weight, low_rank
 
 # What speaks: one adapter, several added up, a weighted sum, or none.
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -105,7 +105,6 @@ class Several(nnx.Module):
                 "each row has an adapter of its own, so there is no one model to merge "
                 "them into; choose one with set_adapters(model, name)"
             )
-        weight = linear.weight[...]
         delta = jnp.einsum(
             "...noR,...nRi,...n->...oi",
             self.b[...],
@@ -113,8 +112,7 @@ class Several(nnx.Module):
             self.scale[...] * self.shares[...],
             precision="highest",
         )
-        merged = weight.astype(jnp.float32) + delta
-        linear.weight[...] = merged.astype(weight.dtype)
+        add_to_weight(linear, delta)
 
 
 def join(base: Any, adapted: Mapping[str, Any], sites: Sequence[Site]) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -38,6 +38,14 @@ def linear_sites(model: nnx.Module, sites: Iterable[Site]) -> list[Site]:
         if site.path.endswith(".weight")
         and isinstance(module_at(model, site.module), Linear)
     ]
+
+
+def adapters(model: nnx.Module, sites: Iterable[Site]) -> Iterator[tuple[Site, Any]]:
+    """The linear maps that carry an adapter, and it."""
+    for site in linear_sites(model, sites):
+        adapter = module_at(model, site.module).adapter
+        if adapter is not None:
+            yield site, adapter
 
 
 def holders(name: str) -> list[str]:

@@ -5,7 +5,7 @@ Kopiczko et al. 2024, equation 2.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from fjft import tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker, Shared, broadcast, dropout
 from fjft.models.weights import Site, module_at
-from fjft.peft import options, saved, targets
+from fjft.peft import existing, options, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Fixed
+from fjft.peft.low_rank import add_to_weight
 from fjft.peft.targets import PeftTensor
 
 PEFT_TYPE = "VERA"
@@ -112,9 +113,7 @@ class Adapter(nnx.Module):
             a,
             precision="highest",
         )
-        weight = linear.weight[...]
-        merged = weight.astype(jnp.float32) + delta
-        linear.weight[...] = merged.astype(weight.dtype)
+        add_to_weight(linear, delta)
 
 
 def _scaled(x: jax.Array, vector: jax.Array) -> jax.Array:
@@ -122,10 +121,7 @@ def _scaled(x: jax.Array, vector: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * broadcast(vector, x)).astype(x.dtype)
 
 
-def cuts(config: Config, num_layers: int) -> tuple[int, ...]:
-    """VeRA leaves the stack whole."""
-    del config, num_layers
-    return ()
+cuts = existing.cuts
 
 
 def attach(
@@ -154,7 +150,7 @@ def attach(
 
 def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
     """Draws A and B from their seed."""
-    _, adapter = next(_adapters(model, sites))
+    _, adapter = next(targets.adapters(model, sites))
     shapes = adapter.shared_a.shape, adapter.shared_b.shape
     drawn = draw(config.projection_prng_key, *shapes)
     for param, value in zip((adapter.shared_a, adapter.shared_b), drawn, strict=True):
@@ -194,10 +190,10 @@ def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> i
     """The number of trained scalars, without layers that only fill a stack."""
     total = sum(
         sum(adapter.layers) * (config.r + adapter.lambda_b.shape[-1])
-        for _, adapter in _adapters(model, sites)
+        for _, adapter in targets.adapters(model, sites)
     )
     whole = saved.paths(config.modules_to_save, sites)
-    return total + sum(math.prod(module_at(model, path).shape) for path in whole)
+    return total + existing.count(model, whole)
 
 
 def peft_config(
@@ -206,7 +202,7 @@ def peft_config(
     """The method's part of PEFT's `adapter_config.json`."""
     adapted = [
         module
-        for site, adapter in _adapters(model, sites)
+        for site, adapter in targets.adapters(model, sites)
         for module, is_used in zip(site.hf_modules, adapter.layers, strict=True)
         if is_used
     ]
@@ -220,7 +216,7 @@ def peft_config(
         "target_modules": targets.peft_names(adapted, model, sites),
         "modules_to_save": sorted(modules) or None,
         "bias": "none",
-        "fan_in_fan_out": any(s.transpose for s, _ in _adapters(model, sites)),
+        "fan_in_fan_out": any(s.transpose for s, _ in targets.adapters(model, sites)),
         "init_weights": True,
     }
 
@@ -230,7 +226,7 @@ def peft_tensors(
 ) -> list[PeftTensor]:
     """PEFT's tensors, and the part of a parameter that each of them is."""
     table = []
-    for site, adapter in _adapters(model, sites):
+    for site, adapter in targets.adapters(model, sites):
         for i, is_used in enumerate(adapter.layers):
             name = f"{targets.PEFT_PREFIX}{site.hf_modules[i]}.vera_"
             layer = (i,) if site.lead else ()
@@ -247,15 +243,6 @@ def peft_tensors(
                     name = f"base_model.vera_{letter.upper()}"
                     table.append(PeftTensor(name, path, ()))
     return table + saved.tensors(config.modules_to_save, sites)
-
-
-def _adapters(
-    model: nnx.Module, sites: Sequence[Site]
-) -> Iterator[tuple[Site, Adapter]]:
-    for site in targets.linear_sites(model, sites):
-        adapter = module_at(model, site.module).adapter
-        if adapter is not None:
-            yield site, adapter
 
 
 def from_peft(adapter_config: Mapping[str, Any]) -> Config:

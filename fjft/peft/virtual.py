@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from fjft import tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker, normal
-from fjft.models.weights import Site, module_at
-from fjft.peft import options, saved
+from fjft.models.weights import Site
+from fjft.peft import existing, options, saved
 from fjft.peft.targets import PeftTensor
 
 SLOT = "prompt"
@@ -93,10 +93,7 @@ def vector_size(model: Any) -> int:
     return getattr(model.arch, "embedding_size", model.arch.hidden_size)
 
 
-def cuts(config: Any, num_layers: int) -> tuple[int, ...]:
-    """The stack stays whole."""
-    del config, num_layers
-    return ()
+cuts = existing.cuts
 
 
 def is_trainable(config: Any, sites: Sequence[Site]) -> Callable[[str], bool]:
@@ -108,8 +105,7 @@ def is_trainable(config: Any, sites: Sequence[Site]) -> Callable[[str], bool]:
 def num_trainable(model: Any, sites: Sequence[Site], config: Any) -> int:
     """The number of trained scalars."""
     whole = saved.paths(config.modules_to_save, sites)
-    shapes = [module_at(model, path).shape for path in whole]
-    return tree.count(tree.split(model.prompt)[1]) + sum(map(math.prod, shapes))
+    return tree.count(tree.split(model.prompt)[1]) + existing.count(model, whole)
 
 
 def with_tokens(model: Any, prompt: Any, values: jax.Array) -> Any:
@@ -136,8 +132,11 @@ def peft_config(sites: Sequence[Site], config: Any, sizes: Mapping) -> dict[str,
     }
 
 
-def peft_tensors(sites: Sequence[Site], config: Any) -> list[PeftTensor]:
+def peft_tensors(
+    model: nnx.Module, sites: Sequence[Site], config: Any
+) -> list[PeftTensor]:
     """PEFT's tensors: the virtual tokens, and modules that are trained whole."""
+    del model
     own = PeftTensor(TENSOR, f"{SLOT}.tokens", (slice(None), slice(None)))
     return [own, *saved.tensors(config.modules_to_save, sites, PEFT_PREFIX)]
 
