@@ -252,7 +252,11 @@ def test_twenty_steps_of_training(built, record_property):
         learned[tensor.name] = tiny.max_error(start, value)
         errors[tensor.name] = tiny.max_error(ours, value)
     assert all(learned.values())
-    assert max(errors.values()) < 2e-3 * max(learned.values()), errors
+    most = max(learned.values())
+    assert max(errors.values()) < 2e-3 * most, errors
+    # Each by itself too, but for those whose gradient is zero up to rounding.
+    moved = [name for name, distance in learned.items() if distance > 1e-3 * most]
+    assert all(errors[name] < 1e-2 * learned[name] for name in moved), errors
     # Gradients and moments only where something is trained; the rest stays bit for bit.
     trained = set(filter(peft_twins.is_trainable(model), before))
     assert state.params.keys() == trained
