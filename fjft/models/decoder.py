@@ -17,7 +17,9 @@ from fjft.models.layers import (
     Linear,
     Maker,
     Stack,
+    Terms,
     dropout,
+    sum_terms,
 )
 from fjft.models.mask import Mask, Places
 from fjft.models.moe import Load, balance_loss, no_load
@@ -289,19 +291,17 @@ class Decoder(nnx.Module):
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, in the compute dtype."""
-        if self.lm_head is not None:
-            logits = self.lm_head(x_BTD)
-        else:
-            weight_VD = self.embedding.weight[...].astype(x_BTD.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+        logits = sum_terms(self.logit_terms(x_BTD))
         softcap = self.logit_softcap
         return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
-    @property
-    def unembedding(self) -> Float[Array, "V D"]:
-        """The matrix that turns hidden states into logits."""
-        table = self.embedding if self.lm_head is None else self.lm_head
-        return table.weight[...]
+    def logit_terms(
+        self, x_BTD: Float[Array, "B T D"], rng: Key[Array, ""] | None = None
+    ) -> Terms:
+        """The logits, before they are bent, as a sum of products with (V, ...)."""
+        if self.lm_head is not None:
+            return self.lm_head.terms(x_BTD, rng)
+        return self.embedding.terms(x_BTD)
 
     def init_cache(self, batch_size: int, num_slots: int) -> Cache:
         """A cache with `num_slots` empty slots, after any virtual tokens'."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from fjft.errors import UserError
 from fjft.models.encoder_block import Architecture, Block, Embeddings
 from fjft.models.encoder_head import Head
-from fjft.models.layers import REMAT_POLICIES, Maker, Stack
+from fjft.models.layers import REMAT_POLICIES, Maker, Stack, Terms
 from fjft.models.mask import full_mask
 from fjft.models.pooling import pool
 from fjft.models.prompt import only_segment, vectors_of, with_virtual_places
@@ -94,13 +94,16 @@ class Encoder(nnx.Module):
         """The Hugging Face config of the checkpoint it was loaded from."""
         return self.provenance.files.config
 
-    @property
-    def unembedding(self) -> Float[Array, "V E"]:
-        """The matrix that turns `head.transform`'s vectors into tokens' logits."""
-        output = self.head.output
-        return (
-            self.embeddings.words.weight[...] if output is None else output.weight[...]
-        )
+    def logit_terms(
+        self, x_BTE: Float[Array, "B T E"], rng: Key[Array, ""] | None = None
+    ) -> Terms:
+        """Tokens' logits, less their bias, as a sum of products with (V, ...).
+
+        Args:
+          x_BTE: What `head.transform` gave.
+          rng: Turns on what is random in training.
+        """
+        return self.head.terms(x_BTE, self.embeddings.words, rng)
 
     def encode(
         self,
@@ -208,16 +211,16 @@ class Encoder(nnx.Module):
         plan = self.head.plan
         if plan.kind == "base":
             return x_BTD
-        words_VE = self.embeddings.words.weight[...]
+        words = self.embeddings.words
         if plan.pooling is None:
-            return self.head(x_BTD, words_VE, rng)
+            return self.head(x_BTD, words, rng)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
         elif self.prompt is not None:
             before = (0, 0), (self.prompt.num_tokens, 0)
             segment_ids_BT = jnp.pad(segment_ids_BT, before, constant_values=1)
         x_BSD = pool(x_BTD, segment_ids_BT, plan.pooling, num_segments or 1)
-        logits_BSC = self.head(x_BSD, words_VE, rng)
+        logits_BSC = self.head(x_BSD, words, rng)
         return logits_BSC if num_segments is not None else logits_BSC[:, 0]
 
 

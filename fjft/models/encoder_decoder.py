@@ -18,7 +18,9 @@ from fjft.models.layers import (
     Linear,
     Maker,
     Stack,
+    Terms,
     dropout,
+    sum_terms,
 )
 from fjft.models.mask import Mask, Places
 from fjft.models.positions import RelativeBias, sinusoids
@@ -340,7 +342,7 @@ class EncoderDecoder(nnx.Module):
         rng: Key[Array, ""] | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], EncoderDecoderCache | None]:
-        """The decoder's layers, and all up to the product with `unembedding`.
+        """The decoder's layers, and all up to `logit_terms`.
 
         Args:
           x_BTD: Vectors of the decoder's tokens.
@@ -367,21 +369,19 @@ class EncoderDecoder(nnx.Module):
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, in the compute dtype."""
-        if self.lm_head is not None:
-            logits = self.lm_head(x_BTD)
-        else:
-            weight_VD = self.unembedding.astype(x_BTD.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD)
+        logits = sum_terms(self.logit_terms(x_BTD))
         bias = self.logits_bias
         return (
             logits if bias is None else logits + bias.astype(logits.dtype)[None, None]
         )
 
-    @property
-    def unembedding(self) -> Float[Array, "V D"]:
-        """The matrix that turns hidden states into logits."""
-        table = self._decoder_table if self.lm_head is None else self.lm_head
-        return table.weight[...]
+    def logit_terms(
+        self, x_BTD: Float[Array, "B T D"], rng: Key[Array, ""] | None = None
+    ) -> Terms:
+        """The logits, less `logits_bias`, as a sum of products with (V, ...)."""
+        if self.lm_head is not None:
+            return self.lm_head.terms(x_BTD, rng)
+        return self._decoder_table.terms(x_BTD)
 
     @property
     def logits_bias(self) -> Float[Array, "V"] | None:

@@ -3,12 +3,20 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
-from fjft.models.layers import ACTIVATIONS, LayerNorm, Linear, Maker
+from fjft.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Maker,
+    Terms,
+    broadcast,
+    sum_terms,
+)
 from fjft.models.weights import Row, linear_rows, norm_rows
 
 
@@ -212,21 +220,28 @@ class Head(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "*B D"],
-        embedding_VE: Float[Array, "V E"],
+        words: Embedding,
         rng: Key[Array, ""] | None = None,
     ) -> Float[Array, "*B C"]:
         """Logits.
 
         Args:
           x: Hidden states, pooled or not.
-          embedding_VE: The token embeddings, for a head that is tied to them.
+          words: The token embeddings, for a head that is tied to them.
           rng: Turns on what is random in training.
         """
         x = self.transform(x, rng)
         if self.output is not None:
             return self.output(x, rng)
-        y = jnp.einsum("...E,VE->...V", x, embedding_VE.astype(x.dtype))
-        if self.bias is None:
-            return y
-        bias = self.bias[...].astype(y.dtype)
-        return y + jax.lax.broadcast_in_dim(bias, y.shape, (y.ndim - 1,))
+        y = sum_terms(words.terms(x))
+        return (
+            y if self.bias is None else y + broadcast(self.bias[...].astype(y.dtype), y)
+        )
+
+    def terms(
+        self, x: Float[Array, "*B E"], words: Embedding, rng: Key[Array, ""] | None
+    ) -> Terms:
+        """Logits, less their bias, of `transform`'s vectors, as a sum of products."""
+        if self.output is not None:
+            return self.output.terms(x, rng)
+        return words.terms(x)

@@ -17,6 +17,8 @@ from fjft.models.attention import ATTENTION
 from fjft.models.quantized import Quantized
 
 Initializer = Callable[..., jax.Array]
+# Inputs [..., i] and matrices [o, i] whose products add up to a map's output.
+Terms = tuple[tuple[jax.Array, jax.Array], ...]
 
 HIDDEN_STATES = "hidden_states"  # what remat policies call the input of a layer
 
@@ -78,7 +80,8 @@ class Linear(nnx.Module):
       name: The attribute that holds this map in its block (`q`, `gate`, ...).
       weight: A parameter, or what `quantize` put in its place, which reads as one.
       adapter: None, or a module that stands around the map: it is called as
-        `adapter(linear, x, rng)` and gives what the map gives from then on.
+        `adapter(linear, x, rng)` and gives what the map gives from then on. What may
+        stand around an output head also has `terms(x, rng)`, what it adds to the map.
     """
 
     def __init__(
@@ -121,6 +124,13 @@ class Linear(nnx.Module):
             return self.weight.product(x)
         return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
 
+    def terms(
+        self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None = None
+    ) -> Terms:
+        """The map with its adapter, but without its bias, as a sum of products."""
+        own = ((x, self.weight[...]),)
+        return own if self.adapter is None else own + self.adapter.terms(x, rng)
+
     def quantize(self, name: str) -> None:
         """Puts codes and scales, all zero, in the weight's place.
 
@@ -129,6 +139,14 @@ class Linear(nnx.Module):
         """
         if isinstance(self.weight, nnx.Param):
             self.weight = nnx.data(Quantized(name, self.weight))
+
+
+def sum_terms(terms: Terms) -> Float[Array, "*B out"]:
+    """The output that the products add up to, in the inputs' type."""
+    first, *rest = (
+        jnp.einsum("...i,oi->...o", x, matrix.astype(x.dtype)) for x, matrix in terms
+    )
+    return sum(rest, start=first)
 
 
 def broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -185,7 +203,14 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, (V, D); newly made, that of `padding_id` is zero."""
+    """A table of vectors, (V, D); newly made, that of `padding_id` is zero.
+
+    Attributes:
+      weight: The parameter.
+      adapter: None, or a module that stands around the table: it is called as
+        `adapter(table, ids, dtype)`, and `adapter.terms(table, x)` is what it adds to
+        an output head that is this table.
+    """
 
     def __init__(
         self,
@@ -203,11 +228,25 @@ class Embedding(nnx.Module):
             return drawn if padding_id is None else drawn.at[..., padding_id, :].set(0)
 
         self.weight = make((vocab_size, size), (axis, "embed"), init)
+        self.adapter: Any = nnx.data(None)
 
     def __call__(
         self, ids: Int[Array, "*B"], dtype: jax.typing.DTypeLike
     ) -> Float[Array, "*B D"]:
+        if self.adapter is None:
+            return self.base(ids, dtype)
+        return self.adapter(self, ids, dtype)
+
+    def base(
+        self, ids: Int[Array, "*B"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "*B D"]:
+        """The table without its adapter."""
         return self.weight[...].astype(dtype)[ids]
+
+    def terms(self, x: Float[Array, "*B D"]) -> Terms:
+        """The output head that this table is, as a sum of products."""
+        own = ((x, self.weight[...]),)
+        return own if self.adapter is None else own + self.adapter.terms(self, x)
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:

@@ -89,8 +89,7 @@ def loss(
         x_BTD, _ = model.backbone(x_BTD, *place, rng=rng, remat=remat)
     targets, trained = next_tokens(batch["labels"], segment_ids)
     sums = cross_entropy_sums(
-        x_BTD,
-        model.unembedding,
+        model.logit_terms(x_BTD, rng),
         targets,
         trained.astype(jnp.float32),
         chunks=Chunks(config.chunk_tokens, config.chunk_vocab_parts),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fjft.sharding import data_shards
+
+Terms = Sequence[tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,7 @@ class Sums(NamedTuple):
 
 
 def cross_entropy_sums(
-    hidden_BTD: Float[Array, "B T D"],
-    projection_VD: Float[Array, "V D"],
+    terms: Terms,
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
@@ -49,34 +52,36 @@ def cross_entropy_sums(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> Sums:
-    """Sums of the cross-entropy of `hidden @ projection.T` against `targets`.
+    """Sums of the cross-entropy of logits, which are sums of products, and `targets`.
 
     The sequence is walked in chunks. Under differentiation each chunk's gradient is
     worked out right with its loss, while its logits are at hand, so that nothing of
-    vocabulary size is kept or computed twice; a gradient for the projection is formed
-    only if somebody asks for it. (The loss is a scalar, so the chain rule scales these
+    vocabulary size is kept or computed twice; a gradient for a matrix is formed only if
+    somebody asks for it. (The loss is a scalar, so the chain rule scales these
     gradients by one number; Liger-Kernel, Hsu et al. 2024, section 3.2.)
 
     Args:
-      hidden_BTD: Hidden states.
-      projection_VD: The vocabulary projection; used in the type of `hidden_BTD`,
-        with float32 sums.
+      terms: Pairs of vectors (B, T, D) and a matrix (V, D), whose products add up to
+        the logits: hidden states and the vocabulary's projection, and maybe narrower
+        ones that an adapter adds. A matrix is used in the type of its vectors, with
+        float32 sums.
       targets_BT: Token ids in [0, V); any valid id where the weight is 0.
       weights_BT: float32 weight of each token.
       chunks: Sizes of the pieces.
       label_smoothing: Share of the target's mass that is spread over the vocabulary.
       softcap: Logits are bent into (-softcap, softcap) by a tanh; None leaves them.
     """
-    T = hidden_BTD.shape[1]
-    steps = T // _chunk_length(hidden_BTD.shape[0], T, chunks.tokens)
+    vectors, matrices = zip(*terms, strict=True)
+    B, T = targets_BT.shape
+    steps = T // _chunk_length(B, T, chunks.tokens)
 
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], steps, T // steps, *x.shape[2:]).swapaxes(0, 1)
 
-    parts = _smallest_divisor(projection_VD.shape[0], at_least=chunks.vocab_parts)
+    parts = _smallest_divisor(matrices[0].shape[0], at_least=chunks.vocab_parts)
     sums: Any = _sums(
-        cut(hidden_BTD),
-        projection_VD,
+        tuple(map(cut, vectors)),
+        matrices,
         cut(targets_BT),
         cut(weights_BT),
         parts,
@@ -110,16 +115,25 @@ class _Stats(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """The projection cut along the vocabulary: [P, V / P, D], and each part's start."""
+    """Matrices cut along the vocabulary, each [P, V / P, D], and each part's start."""
 
-    weight: jax.Array
+    matrices: tuple[jax.Array, ...]
     start: jax.Array
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return math.prod(self.matrices[0].shape[:2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _sums(hidden, projection, targets, weights, num_parts, smoothing, softcap):
-    """Loss and correct sums; hidden is [steps, B, C, D], targets [steps, B, C]."""
-    parts = _cut_vocabulary(projection, num_parts)
+def _sums(hidden, matrices, targets, weights, num_parts, smoothing, softcap):
+    """Loss and correct sums.
+
+    Targets and weights are [steps, B, C], and for each matrix, which is [V, D], hidden
+    has one [steps, B, C, D].
+    """
+    parts = _cut_vocabulary(matrices, num_parts)
 
     def chunk(carry: Any, xs: Any) -> Any:
         hidden, targets, weights = xs
@@ -131,12 +145,11 @@ def _sums(hidden, projection, targets, weights, num_parts, smoothing, softcap):
     return jax.lax.scan(chunk, _zeros(2), (hidden, targets, weights))[0]
 
 
-def _sums_forward(hidden, projection, targets, weights, num_parts, smoothing, softcap):
-    wants_projection = projection.perturbed
-    hidden, projection, targets, weights = (
-        x.value for x in (hidden, projection, targets, weights)
-    )
-    parts = _cut_vocabulary(projection, num_parts)
+def _sums_forward(hidden, matrices, targets, weights, num_parts, smoothing, softcap):
+    is_wanted = [matrix.perturbed for matrix in matrices]
+    hidden, matrices = (tuple(x.value for x in xs) for xs in (hidden, matrices))
+    targets, weights = targets.value, weights.value
+    parts = _cut_vocabulary(matrices, num_parts)
 
     def chunk(carry: Any, xs: Any) -> Any:
         (sums, grad_parts), (hidden, targets, weights) = carry, xs
@@ -155,27 +168,26 @@ def _sums_forward(hidden, projection, targets, weights, num_parts, smoothing, so
         )
         return ((sums[0] + loss, sums[1] + correct), grad_parts), grad_hidden
 
-    grad_parts: Any = None
-    if wants_projection:
-        grad_parts = jnp.zeros(parts.weight.shape, jnp.float32)
+    grad_parts = tuple(
+        jnp.zeros(part.shape, jnp.float32) if wanted else None
+        for part, wanted in zip(parts.matrices, is_wanted, strict=True)
+    )
     (sums, grad_parts), grad_hidden = jax.lax.scan(
         chunk, (_zeros(2), grad_parts), (hidden, targets, weights)
     )
-    if wants_projection:
-        grad_parts = grad_parts.reshape(projection.shape).astype(projection.dtype)
-    return sums, (grad_hidden, grad_parts)
+    grad_matrices = tuple(
+        None if grad is None else grad.reshape(matrix.shape).astype(matrix.dtype)
+        for grad, matrix in zip(grad_parts, matrices, strict=True)
+    )
+    return sums, (grad_hidden, grad_matrices)
 
 
 def _sums_backward(num_parts, smoothing, softcap, gradients, cotangents):
     scale = cotangents[0]
-
-    def scaled(gradient):
-        if gradient is None:
-            return None
-        return (gradient * scale.astype(gradient.dtype)).astype(gradient.dtype)
-
-    grad_hidden, grad_projection = gradients
-    return scaled(grad_hidden), scaled(grad_projection), None, None
+    grad_hidden, grad_matrices = jax.tree.map(
+        lambda gradient: gradient * scale.astype(gradient.dtype), gradients
+    )
+    return grad_hidden, grad_matrices, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward, symbolic_zeros=True)
@@ -185,17 +197,18 @@ def _zeros(n: int) -> tuple[jax.Array, ...]:
     return (jnp.zeros((), jnp.float32),) * n
 
 
-def _cut_vocabulary(projection_VD: jax.Array, num_parts: int) -> _Parts:
-    V, D = projection_VD.shape
-    starts = jnp.arange(num_parts, dtype=jnp.int32) * (V // num_parts)
-    return _Parts(projection_VD.reshape(num_parts, V // num_parts, D), starts)
+def _cut_vocabulary(matrices: tuple[jax.Array, ...], num_parts: int) -> _Parts:
+    size = matrices[0].shape[0] // num_parts
+    starts = jnp.arange(num_parts, dtype=jnp.int32) * size
+    cut = tuple(m.reshape(num_parts, size, m.shape[1]) for m in matrices)
+    return _Parts(cut, starts)
 
 
 def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
     """The log-normalizer [B, C], and the sums of loss and correct, of one chunk."""
 
     def add_part(stats, part):
-        logits = _logits(hidden, part.weight, softcap)
+        logits = _logits(hidden, part.matrices, softcap)
         highest = jnp.maximum(stats.highest, jnp.max(logits, axis=-1))
         shifted = jnp.exp(logits - highest[..., None])
         return _Stats(
@@ -212,9 +225,8 @@ def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
         add_part, _Stats(jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros), parts
     )[0]
     log_norm = stats.highest + jnp.log(stats.sum_exp)
-    vocab_size = parts.weight.shape[0] * parts.weight.shape[1]
     loss = log_norm - (1 - smoothing) * stats.target
-    loss = loss - smoothing * stats.total / vocab_size
+    loss = loss - smoothing * stats.total / parts.vocab_size
     correct = stats.target >= stats.highest
     return log_norm, jnp.sum(loss * weights), jnp.sum(jnp.where(correct, weights, 0))
 
@@ -222,44 +234,49 @@ def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
 def _chunk_gradients(
     hidden, targets, weights, parts, log_norm, smoothing, softcap, grad_parts
 ):
-    """Gradients of one chunk's loss; adds the projection's to `grad_parts`, if any."""
-    vocab_size = parts.weight.shape[0] * parts.weight.shape[1]
+    """Gradients of one chunk's loss; adds those of matrices to `grad_parts`, if any."""
 
     def add_part(grad_hidden, xs):
         part, grad_part = xs
-        logits = _logits(hidden, part.weight, softcap)
+        logits = _logits(hidden, part.matrices, softcap)
         wanted = jnp.where(_is_target(logits, targets, part), 1 - smoothing, 0)
-        error = jnp.exp(logits - log_norm[..., None]) - wanted - smoothing / vocab_size
+        error = jnp.exp(logits - log_norm[..., None]) - wanted
+        error = error - smoothing / parts.vocab_size
         if softcap is not None:
             error = error * (1 - jnp.square(logits / softcap))
-        error = (error * weights[..., None]).astype(hidden.dtype)
-        grad_hidden = grad_hidden + jnp.einsum(
-            "BCV,VD->BCD",
-            error,
-            part.weight.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
+        error = (error * weights[..., None]).astype(hidden[0].dtype)
+        grad_hidden = tuple(
+            grad + _sum_product("BCV,VD->BCD", error, matrix.astype(error.dtype))
+            for grad, matrix in zip(grad_hidden, part.matrices, strict=True)
         )
-        if grad_part is not None:
-            grad_part = grad_part + jnp.einsum(
-                "BCV,BCD->VD", error, hidden, preferred_element_type=jnp.float32
-            )
+        grad_part = tuple(
+            None if grad is None else grad + _sum_product("BCV,BCD->VD", error, x)
+            for grad, x in zip(grad_part, hidden, strict=True)
+        )
         return grad_hidden, grad_part
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in hidden)
     grad_hidden, grad_parts = _over_parts(add_part, zeros, (parts, grad_parts))
-    return grad_hidden.astype(hidden.dtype), grad_parts
+    grads = zip(grad_hidden, hidden, strict=True)
+    return tuple(grad.astype(x.dtype) for grad, x in grads), grad_parts
 
 
 def _logits(
-    hidden_BCD: jax.Array, weight_VD: jax.Array, softcap: float | None
+    hidden: tuple[jax.Array, ...],
+    matrices: tuple[jax.Array, ...],
+    softcap: float | None,
 ) -> jax.Array:
-    logits = jnp.einsum(
-        "BCD,VD->BCV",
-        hidden_BCD,
-        weight_VD.astype(hidden_BCD.dtype),
-        preferred_element_type=jnp.float32,
+    first, *rest = (
+        _sum_product("BCD,VD->BCV", x, matrix.astype(x.dtype))
+        for x, matrix in zip(hidden, matrices, strict=True)
     )
+    logits = sum(rest, start=first)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _sum_product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product with sums in float32."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array, part: _Parts) -> jax.Array:

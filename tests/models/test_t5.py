@@ -126,8 +126,7 @@ def test_loss_and_gradients_equal_torch(case, record_property):
         )
         trained = labels != IGNORED
         sums = cross_entropy_sums(
-            x,
-            model.unembedding,
+            model.logit_terms(x),
             jnp.asarray(np.where(trained, labels, 0)),
             jnp.asarray(trained, jnp.float32),
             chunks=Chunks(),

@@ -84,7 +84,7 @@ def _noises(alpha, rng, batch, size=4096):
     model = types.SimpleNamespace(
         embed=lambda ids: jnp.zeros((*ids.shape, size)),
         backbone=backbone,
-        unembedding=jnp.zeros((tiny.VOCAB_SIZE, size)),
+        logit_terms=lambda x, rng: [(x, jnp.zeros((tiny.VOCAB_SIZE, size)))],
         balance_coefficient=0.0,
         logit_softcap=None,
     )
@@ -140,7 +140,7 @@ def test_a_training_step_never_holds_all_logits(get_twins, parts, remat):
     state = states.init_state(params, optimizer, 0)
     batch = jax.tree.map(jnp.asarray, tiny.make_batch([[length]] * rows, length))
     shapes = jaxprs.shapes(jax.make_jaxpr(step)(state, {}, batch).jaxpr)
-    size = model.unembedding.shape[1]
+    size = model.arch.hidden_size
     logits = {s for s in shapes if s and s[-1] in (vocab, vocab // parts)}
     logits = {s for s in logits if size not in s and np.prod(s) > s[-1]}
     assert any(s[-1] == vocab // parts for s in logits)

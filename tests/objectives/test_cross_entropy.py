@@ -54,8 +54,7 @@ def test_sums_and_gradients_equal_torch(tokens, parts, smoothing, softcap):
 
     def loss(hidden, projection):
         sums = cross_entropy_sums(
-            hidden,
-            projection,
+            [(hidden, projection)],
             *map(jnp.asarray, inputs[2:]),
             chunks=Chunks(tokens, parts),
             label_smoothing=smoothing,
@@ -77,14 +76,46 @@ def test_sums_and_gradients_equal_torch(tokens, parts, smoothing, softcap):
     np.testing.assert_allclose(plain, sums, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_several_products_add_up_to_the_logits(parts):
+    """A narrow product beside the projection is what its matrix in that would be."""
+    hidden, projection, targets, weights = map(jnp.asarray, _inputs())
+    rng = np.random.default_rng(1)
+    a_RD, b_VR = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((3, D), (V, 3))
+    )
+
+    def loss(terms):
+        return cross_entropy_sums(
+            terms, targets, weights, chunks=Chunks(8, parts), label_smoothing=0.1
+        ).loss
+
+    def apart(hidden, a_RD, b_VR):
+        return loss([(hidden, projection), (hidden @ a_RD.T, b_VR)])
+
+    def together(hidden, a_RD, b_VR):
+        return loss([(hidden, projection + b_VR @ a_RD)])
+
+    every = 0, 1, 2
+    value, grads = jax.jit(jax.value_and_grad(apart, every))(hidden, a_RD, b_VR)
+    expected, wanted = jax.jit(jax.value_and_grad(together, every))(hidden, a_RD, b_VR)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    products = jaxprs.products(
+        jax.make_jaxpr(jax.grad(apart, every))(hidden, a_RD, b_VR).jaxpr
+    )
+    assert (V, D) not in products
+
+
 def test_bfloat16_is_summed_in_float32():
     hidden, projection, targets, weights = _inputs(jnp.bfloat16)
     rounded = projection.astype(jnp.bfloat16).astype(np.float32)
 
     def loss(hidden, projection):
         return cross_entropy_sums(
-            hidden,
-            projection,
+            [(hidden, projection)],
             *map(jnp.asarray, (targets, weights)),
             chunks=Chunks(8),
         ).loss
@@ -107,8 +138,8 @@ def test_huge_logits_stay_finite():
     hidden, projection, targets, weights = _inputs()
 
     def loss(hidden):
-        arrays = map(jnp.asarray, (projection, targets, weights))
-        return cross_entropy_sums(hidden, *arrays, chunks=Chunks(8, 4)).loss
+        matrix, *rest = map(jnp.asarray, (projection, targets, weights))
+        return cross_entropy_sums([(hidden, matrix)], *rest, chunks=Chunks(8, 4)).loss
 
     value, grad = jax.value_and_grad(loss)(jnp.asarray(1e4 * hidden))
     assert np.isfinite(value)
@@ -120,7 +151,7 @@ def _loss_jaxpr(argnums):
 
     def loss(hidden, projection):
         return cross_entropy_sums(
-            hidden, projection, targets, weights, chunks=Chunks(8)
+            [(hidden, projection)], targets, weights, chunks=Chunks(8)
         ).loss
 
     return jax.make_jaxpr(jax.grad(loss, argnums))(hidden, projection).jaxpr
