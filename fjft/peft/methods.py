@@ -14,6 +14,7 @@ from fjft.peft import (
     prefix,
     prompt,
     select,
+    trainable_tokens,
     vera,
 )
 
@@ -29,5 +30,6 @@ METHODS: dict[str, types.ModuleType] = {
     "layer_norm": layer_norm,
     "bitfit": bitfit,
     "select": select,
+    "trainable_tokens": trainable_tokens,
     "vera": vera,
 }

@@ -128,6 +128,13 @@ _ADALORA = {
     "target_modules": r".*\.(q_proj|down_proj)",
 }
 
+
+def _tokens(base: str, *token_indices: int) -> Case:
+    options = {"token_indices": list(token_indices)}
+    make_theirs = by_peft(peft.TrainableTokensConfig, **options)
+    return Case(base=base, options=options, make_theirs=make_theirs)
+
+
 # Key of `METHODS` -> variant -> case.
 CASES: dict[str, dict[str, Case]] = {
     # The penalty and the budget are in test_adalora.py.
@@ -312,6 +319,11 @@ CASES: dict[str, dict[str, Case]] = {
             make_theirs=by_names(lambda name: "mlp" in name or "lm_head" in name),
             trained=peft_twins.trained_by_torch,
         ),
+    },
+    "trainable_tokens": {
+        "tied": _tokens(TIED, 9, 4, 23),
+        "classifier": _tokens(CLASSIFIER, 7, 11),
+        "t5": _tokens("t5/relu-tied", 6, 2),
     },
     "vera": {
         "stacks-in-part": Case(

@@ -91,7 +91,9 @@ def trained_table(model: Any) -> list[Any]:
             if trainable(site.path)
             for name, place in site.tensors()
         ]
-    found = [tensor for tensor in table(model) if trainable(tensor.path)]
+    # What is written under several names is named by its first, as torch has it.
+    once = {(t.path, str(t.index)): t for t in reversed(table(model))}
+    found = [tensor for tensor in once.values() if trainable(tensor.path)]
     in_files = {tensor.path for tensor in found}
     return found + [
         PeftTensor(path, path, (slice(None),))
