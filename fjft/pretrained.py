@@ -6,7 +6,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,15 @@ def read_architecture(files: ModelInfo) -> tuple[types.ModuleType, Any]:
       UserError: The model type is unknown, or its config asks for what is not there.
     """
     family = find_family(files)
-    tensors = files.tensors if isinstance(files, ModelFiles) else None
+    tensors = files.tensors if _has_weights(files) else None
     fields = Fields(files.config, tensors)
     arch = family.architecture(fields)
     fields.close()
     return family, arch
+
+
+def _has_weights(files: ModelInfo) -> TypeGuard[ModelFiles]:
+    return isinstance(files, ModelFiles) and bool(files.tensors.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +305,7 @@ def most_common_dtype(files: ModelInfo) -> str:
     Raises:
       UserError: There are no weights, and the config does not say it.
     """
-    if isinstance(files, ModelFiles):
+    if _has_weights(files):
         tensors = files.tensors
         return str(Counter(map(tensors.dtype, tensors.names)).most_common(1)[0][0])
     if files.config.dtype is None:

@@ -75,12 +75,11 @@ def write_batches(directory: Path, count: int) -> None:
 
     import fjft
     from fjft.build import build_experiment
-    from fjft.checkpoint.source import open_model
     from fjft.data.dataset import load_examples
     from fjft.data.loader import Loader
 
     experiment = build_experiment(fjft.load_config(str(CONFIG), OVERRIDES))
-    tokenizer = open_model(experiment.model.source).load_tokenizer()
+    tokenizer = experiment.model.open().load_tokenizer()
     seed = experiment.train.seed
     rows, *_ = load_examples(experiment.data, tokenizer, seed)
     loader = Loader(rows, ROWS, seed=seed)

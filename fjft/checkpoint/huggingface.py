@@ -38,7 +38,8 @@ class Provenance:
       sites: Where each of its tensors lies in our model.
       method: The module in `peft/` whose adapters it carries.
       peft_config: That method's options.
-      new: Tensors of the head that the checkpoint lacks; they start from random values.
+      new: Tensors, of the head if not all, that the checkpoint lacks; they start from
+        random values.
       passed_over: Tensors of the checkpoint, of another head, that are not used.
       dtypes: The checkpoint's type of each tensor, where those were asked for.
     """
@@ -58,7 +59,7 @@ class Match:
 
     Attributes:
       stored: The name in the checkpoint of each tensor that it has.
-      new: Tensors of the head that it lacks.
+      new: Tensors, of the head if not all, that it lacks.
       passed_over: Its tensors that belong to another head.
     """
 
@@ -79,7 +80,7 @@ def match(
     """Compares the checkpoint's tensors with those the model is made of.
 
     Args:
-      files: The pretrained model.
+      files: The pretrained model; if it has no weights at all, all are new.
       sites: Where its tensors lie.
       abstract: Shape and dtype of each parameter.
       prefix: The name of the bare model inside one with a head; None is a family
@@ -91,6 +92,8 @@ def match(
       UserError: A tensor is missing, superfluous or of another shape.
     """
     tensors = files.tensors
+    if not tensors.names:
+        return Match({}, tuple(n for site in sites for n in site.hf_names), ())
     stored = stored_names(tensors, sites)
     new, missing = [], []
     for site in sites:

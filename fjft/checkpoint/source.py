@@ -1,5 +1,6 @@
 """Opens a model where it lies: a directory, a file, a Python package or the hub."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -105,6 +106,55 @@ class ModelFiles(ModelInfo):
     """
 
     tensors: TensorSource
+
+
+class NoTensors:
+    """The weights of a model that has none yet."""
+
+    names: Collection[str] = ()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """There is no such tensor."""
+        raise KeyError(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """There is no such tensor."""
+        raise KeyError(name)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """There is no such tensor."""
+        del index
+        raise KeyError(name)
+
+
+def open_untrained(
+    source: str, revision: str | None, sizes: Mapping[str, int]
+) -> ModelFiles:
+    """Opens a model for its config and its tokenizer: its weights are to be made.
+
+    Args:
+      source: As in `open_model`.
+      revision: As in `open_model`.
+      sizes: Fields of the config that have another value here.
+
+    Raises:
+      UserError: Nothing there, no config, or it has no such field.
+    """
+    info = open_info(source, revision)
+    config = copy.deepcopy(info.config)
+    for name, value in sizes.items():
+        if not isinstance(getattr(config, name, None), int):
+            raise UserError(
+                f"model.sizes.{name}={value}: the config of {source} has no such whole "
+                "number; see its config.json"
+            )
+        setattr(config, name, value)
+    fields: dict[str, Any] = vars(info) | {
+        "config": config,
+        "config_dict": {**info.config_dict, **sizes},
+        "tensors": NoTensors(),
+    }
+    return ModelFiles(**fields)
 
 
 def open_model(source: str, revision: str | None = None) -> ModelFiles:

@@ -187,10 +187,9 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
 
 def _build(experiment: Any, mesh: Any, synthetic: bool) -> tuple[Any, Any]:
     """The run and its first state, with data of the config's or random rows."""
-    from fjft.checkpoint.source import open_model
     from fjft.training.run import build_run
 
-    files = open_model(experiment.model.source, experiment.model.revision)
+    files = experiment.model.open()
     if synthetic:
         if experiment.objective_module.EXAMPLES != "text":
             raise UserError(

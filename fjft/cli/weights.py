@@ -107,6 +107,8 @@ def choose(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> Weigh
         step=chosen.step,
         experiment=experiment,
     )
+    if chosen.base and experiment.model.from_scratch:
+        parser.error("--base is of no use: the run started from random weights")
     if adapter or chosen.base or chosen.step is not None:
         return weights
     return _find_result(weights)
@@ -203,13 +205,12 @@ def load(weights: Weights, mesh: Any) -> Any:
 def _load_checkpoint(weights: Weights, mesh: Any, head: dict[str, Any]) -> Any:
     from fjft import pretrained, tree
     from fjft.checkpoint.orbax import digest, restore_params
-    from fjft.checkpoint.source import open_model
     from fjft.peft.lora_adapter import is_start
 
     e = weights.experiment
     assert weights.step is not None
     model = pretrained.build_model(
-        open_model(weights.source, weights.revision),
+        e.model.open(),
         method=e.method,
         peft_config=e.peft,
         dtype=weights.dtype,

@@ -45,6 +45,8 @@ class Config:
         list or with commas, where an example may have several.
       label_names: All labels, in the order of their ids. Empty takes those that occur
         in `train`, sorted.
+      mlm_probability: Share of a text's tokens that a masked LM learns to predict.
+      whole_word_mask: Choose these by whole words.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
       strict: The first row that cannot be used is an error.
     """
@@ -62,6 +64,8 @@ class Config:
     text_columns: str = "text"
     label_column: str = "label"
     label_names: str | tuple[str, ...] = ()
+    mlm_probability: float = 0.15
+    whole_word_mask: bool = False
     shuffle: bool = True
     strict: bool = False
 
@@ -84,6 +88,11 @@ class Config:
             raise UserError(
                 f"data.max_length is {self.max_length}; it takes at least 2 tokens "
                 "to predict one"
+            )
+        if not 0 < self.mlm_probability <= 1:
+            raise UserError(
+                f"data.mlm_probability is {self.mlm_probability}; use a share above 0, "
+                "such as 0.15"
             )
         if self.eval_size < 0 or (self.eval_size > 1 and self.eval_size % 1):
             raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from fjft.data import tokenize
 from fjft.data.config import Config
-from fjft.data.examples import Example, Examples, Labels, Spool
+from fjft.data.examples import Draw, Encoded, Example, Examples, Labels, Spool
 from fjft.data.files import Row
 from fjft.data.pack import Rows
 from fjft.data.report import Report
@@ -25,19 +25,21 @@ class Encoder(Protocol):
 
     Attributes:
       columns: Names of its examples' columns.
-      labels: What its examples are labelled with as wholes; None if nothing.
+      labels: What its examples are labelled with; None if nothing.
+      draw: What each epoch draws anew of an example; None if nothing.
       generates: Whether the model learns to write, and so needs to learn to stop.
     """
 
     columns: tuple[str, ...]
     labels: Labels | None
+    draw: Draw | None
     generates: bool
 
     def read(self, values: dict[str, Any]) -> tuple[str, Any]:
         """A row's format and what it says; or raises `MalformedError`."""
         ...
 
-    def encode(self, samples: list[Any]) -> list[Example | MalformedError]:
+    def encode(self, samples: list[Any]) -> list[Encoded]:
         """Tokenizes what `read` gave, in order."""
         ...
 
@@ -73,7 +75,7 @@ def load_examples(
     else:
         examples, held_out = hold_out(examples, config.eval_size, seed)
         report.held_out = len(held_out)
-    train, evaluation = Rows(examples, config), Rows(held_out, config)
+    train, evaluation = (Rows(e, config, encoder.draw) for e in (examples, held_out))
     for rows, part in ((train, report), (evaluation, report.eval)):
         if part is not None:
             part.packed_rows = 0 if rows.bins is None else len(rows)
@@ -108,10 +110,11 @@ def read_examples(
             report.rows_read += 1
             if isinstance(result, MalformedError):
                 report.reject(row.place, result.reason, result.detail)
-            else:
-                kept.append(result)
+                continue
+            for example in result if isinstance(result, list) else [result]:
+                kept.append(example)
                 numbers.append(number)
-                _count(report, result, encoder.labels)
+                _count(report, example, encoder.labels)
         spool.add(kept, numbers)
     examples = spool.finish()
     report.supervised_tokens = int(examples.supervised.sum(dtype=np.int64))
@@ -120,9 +123,7 @@ def read_examples(
     return examples, report
 
 
-def _encode_rows(
-    rows: list[Row], encoder: Encoder, report: Report
-) -> list[Example | MalformedError]:
+def _encode_rows(rows: list[Row], encoder: Encoder, report: Report) -> list[Encoded]:
     """Encodes what can be; in order, with the reason in place of what cannot."""
     read: list[Any] = []
     for row in rows:
@@ -181,8 +182,8 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
     if size < 1:
         is_held_out = draws < size
     else:
-        is_held_out = np.zeros(len(examples), bool)
-        is_held_out[np.argsort(draws, kind="stable")[: int(size)]] = True
+        # The pieces of a row draw the same number, and stay together.
+        is_held_out = draws <= np.sort(draws)[: int(size)].max(initial=-1)
     count = int(is_held_out.sum())
     if count == len(examples) or (size > 0 and count == 0):
         raise UserError(

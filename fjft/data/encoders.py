@@ -1,11 +1,17 @@
 """The table of contents of what examples are made of.
 
-Each module has an `Encoder` (see `dataset.Encoder`), `find_labels(config)`, what whole
-examples are labelled with, and `show_example(tokenizer, example, labels)`.
+Each module has an `Encoder` (see `dataset.Encoder`), `find_labels(config)`, what its
+examples are labelled with, `show_example(tokenizer, example, labels)`, and `COLUMNS`,
+what a batch has for each token besides positions and segments; None where the data
+decide.
 """
 
 import types
 
-from fjft.data import labelled, tokenize
+from fjft.data import labelled, masked, tokenize
 
-ENCODERS: dict[str, types.ModuleType] = {"text": tokenize, "labelled": labelled}
+ENCODERS: dict[str, types.ModuleType] = {
+    "text": tokenize,
+    "labelled": labelled,
+    "masked": masked,
+}

@@ -8,9 +8,11 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from fjft.data.templates import MalformedError
 from fjft.errors import UserError
 
 IGNORED = -100
@@ -37,6 +39,24 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
+
+
+class Draw(Protocol):
+    """What is drawn anew of an example in every epoch.
+
+    Attributes:
+      columns: Names of the columns that it gives.
+    """
+
+    columns: tuple[str, ...]
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Example:
+        """The example with these columns, from numbers of this generator only."""
+        ...
+
+
+# What a row becomes: an example, several pieces of one, or the reason why it cannot be.
+Encoded = Example | list[Example] | MalformedError
 
 
 @dataclasses.dataclass(frozen=True)

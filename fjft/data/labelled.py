@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import Example, Labels
+from fjft.data.examples import Draw, Encoded, Example, Labels
 from fjft.data.sources import list_specs, read_rows
 from fjft.data.templates import MalformedError
 from fjft.errors import UserError
+
+COLUMNS = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Encoder:
       UserError: There are not one or two columns of text, or no two labels.
     """
 
+    draw: Draw | None = None
     generates: bool = False
 
     def __init__(self, tokenizer: Any, config: Config):
@@ -64,7 +67,7 @@ class Encoder:
         Raises:
           MalformedError: A text is missing or empty, or the label is none of them.
         """
-        texts = tuple(_read_text(values, column) for column in self._text_columns)
+        texts = tuple(read_text(values, column) for column in self._text_columns)
         target = self._read_target(values)
         return "labelled pair" if len(texts) == 2 else "labelled text", Labelled(
             texts, target
@@ -86,7 +89,7 @@ class Encoder:
         target[ids] = 1
         return target
 
-    def encode(self, samples: Sequence[Labelled]) -> list[Example | MalformedError]:
+    def encode(self, samples: Sequence[Labelled]) -> list[Encoded]:
         """Encodes samples, each to an example or to the reason why it cannot be used.
 
         What is too long is cut by the tokenizer, which leaves the special tokens, and
@@ -103,7 +106,7 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )
-        results: list[Example | MalformedError] = []
+        results: list[Encoded] = []
         for i, sample in enumerate(samples):
             columns = {c: np.array(encoded[c][i], np.int32) for c in self.columns}
             was_cut = bool(encoded.encodings[i].overflowing)
@@ -146,7 +149,12 @@ def find_labels(config: Config) -> Labels:
     return Labels(config.problem_type, tuple(names))
 
 
-def _read_text(values: dict[str, Any], column: str) -> str:
+def read_text(values: dict[str, Any], column: str) -> str:
+    """The text in a row's column.
+
+    Raises:
+      MalformedError: There is none.
+    """
     value = values.get(column)
     if not isinstance(value, str):
         known = ", ".join(map(str, values)) or "none"

@@ -138,7 +138,8 @@ class Loader:
         length = self._rows.choose_length(indices)
         size = self._batch_size // self._process_count
         first = self._process_index * size
-        return self._rows.assemble(indices[first : first + size], size, length)
+        seed = self._seed, number // self.batches_per_epoch
+        return self._rows.assemble(indices[first : first + size], size, length, seed)
 
     def choose_rows(self, number: int) -> np.ndarray:
         """The rows of global batch `number`, over all processes; O(batch size)."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Examples
+from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Example, Examples
 from fjft.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -150,9 +150,11 @@ class Rows:
     Args:
       examples: The examples.
       config: `packing`, `max_length` and `buckets` are used.
+      draw: What each epoch draws anew of an example; None if nothing.
 
     Attributes:
       examples: The examples.
+      columns: What a batch has for each token, besides positions and segments.
       bins: Which examples share a row; None without packing.
       buckets: The row lengths that occur, increasing; `(max_length,)` with packing.
       lengths: int64 [rows], tokens in each row.
@@ -161,8 +163,10 @@ class Rows:
       UserError: An example fits no bucket.
     """
 
-    def __init__(self, examples: Examples, config: Config):
+    def __init__(self, examples: Examples, config: Config, draw: Draw | None = None):
         self.examples = examples
+        self.columns = examples.columns if draw is None else draw.columns
+        self._draw = draw
         self.bins: Bins | None = None
         if config.packing:
             self.bins = pack_best_fit(examples.lengths, config.max_length)
@@ -202,26 +206,39 @@ class Rows:
         longest = self.lengths[indices].max(initial=0)
         return self.buckets[int(np.searchsorted(self.buckets, longest))]
 
-    def assemble(self, indices: np.ndarray, batch_size: int, length: int) -> Batch:
+    def example(self, index: int, seed: Sequence[int] = (0,)) -> Example:
+        """An example; what is drawn of it follows from its number and the seed."""
+        example = self.examples[index]
+        if self._draw is None:
+            return example
+        return self._draw(example, np.random.default_rng((*seed, index)))
+
+    def assemble(
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        length: int,
+        seed: Sequence[int] = (0,),
+    ) -> Batch:
         """Builds a batch.
 
         Args:
           indices: Rows to put first; the rest of the batch is padding.
           batch_size: B.
           length: T, at least as long as each of the rows.
+          seed: Of what is drawn of each example.
 
         Returns:
           What `empty_batch` has.
         """
-        columns = self.examples.columns
-        batch = empty_batch(batch_size, length, columns, self._no_targets)
+        batch = empty_batch(batch_size, length, self.columns, self._no_targets)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0
             for segment, example in enumerate(members, 1):
-                member = self.examples[example]
+                member = self.example(example, seed)
                 end = start + len(member)
-                for name in columns:
+                for name in self.columns:
                     batch[name][row, start:end] = member.columns[name]
                 batch["positions"][row, start:end] = np.arange(end - start)
                 batch["segment_ids"][row, start:end] = segment

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Example, Labels
+from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Encoded, Example, Labels
 from fjft.data.templates import Chat, MalformedError, Pair, Sample, read_sample
 from fjft.data.turns import Span, TurnFinder
 from fjft.errors import UserError
+
+COLUMNS = TEXT_COLUMNS
 
 
 def find_labels(config: Config) -> None:
@@ -42,6 +44,7 @@ class Encoder:
 
     columns: tuple[str, ...] = TEXT_COLUMNS
     labels: Labels | None = None
+    draw: Draw | None = None
     # What is learned is to be generated, so it should be learned where to stop.
     generates: bool = True
 
@@ -64,7 +67,7 @@ class Encoder:
         """Reads a row's columns; see `templates.read_sample`."""
         return read_sample(values, self.has_template)
 
-    def encode(self, samples: Sequence[Sample]) -> list[Example | MalformedError]:
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encodes samples, each to an example or to the reason why it cannot be used.
 
         Raises:
@@ -82,7 +85,7 @@ class Encoder:
             verbose=False,
         )
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        results: list[Example | MalformedError] = []
+        results: list[Encoded] = []
         for sample, text in zip(samples, texts, strict=True):
             if isinstance(text, MalformedError):
                 results.append(text)

@@ -7,9 +7,10 @@ evaluation, `summarize_training(loss, weight, correct)` those of a log line;
 
 import types
 
-from fjft.evaluate import classification, perplexity
+from fjft.evaluate import classification, masked, perplexity
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
+    "masked": masked,
     "perplexity": perplexity,
 }

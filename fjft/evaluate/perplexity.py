@@ -17,10 +17,15 @@ def summarize(sums: Any) -> dict[str, float]:
     mean = float(sums.loss) / max(float(sums.weight), 1)
     return {
         "loss": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
+        "perplexity": of(mean),
         "mean_token_accuracy": float(sums.correct) / max(float(sums.weight), 1),
         "num_tokens": float(sums.weight),
     }
+
+
+def of(loss: float) -> float:
+    """The perplexity of a mean loss in nats; finite whatever that is."""
+    return math.exp(min(loss, 700.0))
 
 
 def summarize_training(loss: float, weight: float, correct: float) -> dict[str, float]:

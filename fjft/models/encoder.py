@@ -97,7 +97,7 @@ class Encoder(nnx.Module):
     def logit_terms(
         self, x_BTE: Float[Array, "B T E"], rng: Key[Array, ""] | None = None
     ) -> Terms:
-        """Tokens' logits, less their bias, as a sum of products with (V, ...).
+        """Tokens' logits as a sum of products with (V, ...).
 
         Args:
           x_BTE: What `head.transform` gave.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -14,7 +15,6 @@ from fjft.models.layers import (
     Linear,
     Maker,
     Terms,
-    broadcast,
     sum_terms,
 )
 from fjft.models.weights import Row, linear_rows, norm_rows
@@ -233,15 +233,16 @@ class Head(nnx.Module):
         x = self.transform(x, rng)
         if self.output is not None:
             return self.output(x, rng)
-        y = sum_terms(words.terms(x))
-        return (
-            y if self.bias is None else y + broadcast(self.bias[...].astype(y.dtype), y)
-        )
+        return sum_terms(self.terms(x, words, rng))
 
     def terms(
         self, x: Float[Array, "*B E"], words: Embedding, rng: Key[Array, ""] | None
     ) -> Terms:
-        """Logits, less their bias, of `transform`'s vectors, as a sum of products."""
+        """Logits of `transform`'s vectors as a sum of products, one of them with 1."""
         if self.output is not None:
-            return self.output.terms(x, rng)
-        return words.terms(x)
+            products, bias = self.output.terms(x, rng), self.output.bias
+        else:
+            products, bias = words.terms(x), self.bias
+        if bias is None:
+            return products
+        return (*products, (jnp.ones((*x.shape[:-1], 1), x.dtype), bias[...][:, None]))

@@ -11,9 +11,10 @@ Each module has a `Config`, what it needs from others by the names of their own 
 
 import types
 
-from fjft.objectives import causal_lm, sequence_classification
+from fjft.objectives import causal_lm, masked_lm, sequence_classification
 
 OBJECTIVES: dict[str, types.ModuleType] = {
     "causal_lm": causal_lm,
+    "masked_lm": masked_lm,
     "sequence_classification": sequence_classification,
 }

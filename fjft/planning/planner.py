@@ -9,7 +9,6 @@ import ml_collections
 
 from fjft import sharding
 from fjft.build import build_experiment, override
-from fjft.checkpoint.source import open_info
 from fjft.errors import UserError
 from fjft.planning.compiling import compile_experiment
 from fjft.planning.report import Report, make_report
@@ -67,7 +66,7 @@ class Planner:
             found = dataclasses.replace(found, price=price_per_hour)
         self.target: Target = found
         experiment = build_experiment(config)
-        self._files = open_info(experiment.model.source, experiment.model.revision)
+        self._files = experiment.model.open_info()
         self._known: dict[tuple, Report] = {}
 
     @property

@@ -106,7 +106,7 @@ def check_fits(experiment: Experiment, mesh: Mesh, files: ModelInfo) -> None:
     """
     limit = _limit(mesh)
     # The shapes of other examples are not known before the data is read.
-    if limit is None or experiment.objective_module.EXAMPLES != "text":
+    if limit is None or experiment.encoder_module.COLUMNS is None:
         return
     length = experiment.data.max_length
     with jax.set_mesh(mesh):

@@ -19,7 +19,6 @@ from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
-from fjft.checkpoint.source import open_model
 from fjft.errors import UserError
 from fjft.models.quantized import is_scale
 from fjft.peft.lora_adapter import is_start
@@ -80,7 +79,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     watcher = CompileWatcher()
     screen.say(_describe_devices(mesh))
 
-    files = open_model(experiment.model.source, experiment.model.revision)
+    files = experiment.model.open()
     # What cannot be trained is said before the data is read.
     read_architecture(choose_head(files, experiment.objective_module.HEAD))
     check_fits(experiment, mesh, files)
@@ -91,7 +90,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     for warning in report.warnings():
         screen.warn(warning)
     shown = experiment.encoder_module.show_example(
-        tokenizer, rows.examples[0], rows.examples.labels
+        tokenizer, rows.example(0), rows.examples.labels
     )
     screen.say(f"an example, with what is learned:\n{shown}")
 

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from fjft import sharding, tree
 from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
+from fjft.data.encoders import ENCODERS
 from fjft.data.pack import empty_batch
 from fjft.errors import UserError
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft.rule import StepRule
-from fjft.pretrained import Blueprint, draw_model, most_common_dtype
+from fjft.pretrained import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.training import step as steps
 from fjft.training.state import TrainState, abstract_state
 
@@ -71,23 +72,27 @@ class Program:
         """Shape, dtype and sharding of a batch whose rows have `length` tokens.
 
         Raises:
-          UserError: The objective learns from other examples than text, whose shapes
-            depend on the data.
+          UserError: The shapes of what the objective learns from depend on the data.
         """
-        if self.examples != "text":
+        columns = ENCODERS[self.examples].COLUMNS
+        if columns is None:
             raise UserError(
-                f"the shapes of {self.examples} batches are not known without the "
-                "data; only those of text are"
+                f"the shapes of {self.examples} batches are not known without the data"
             )
         rows = sharding.batch_sharding(self.mesh)
+        batch = empty_batch(self.batch_size, length, columns)
         return {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
-            for name, array in empty_batch(self.batch_size, length).items()
+            for name, array in batch.items()
         }
 
 
 def build_program(
-    experiment: Experiment, mesh: Mesh, files: ModelInfo, total_steps: int
+    experiment: Experiment,
+    mesh: Mesh,
+    files: ModelInfo,
+    total_steps: int,
+    num_labels: int | None = None,
 ) -> Program:
     """Draws a run's model and makes its steps; nothing is loaded or compiled.
 
@@ -96,6 +101,7 @@ def build_program(
       mesh: Where everything would lie; its devices need not be there.
       files: The pretrained model; its weights are not read.
       total_steps: Optimizer steps of the whole run.
+      num_labels: How many labels the head tells apart, where it does.
 
     Raises:
       UserError: The model cannot be trained so, or does not fit the mesh.
@@ -103,7 +109,7 @@ def build_program(
     e = experiment
     sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
     blueprint = draw_model(
-        files,
+        choose_head(files, e.objective_module.HEAD, num_labels),
         method=e.method,
         peft_config=e.peft,
         dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,

@@ -18,7 +18,7 @@ from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.evaluate.sums import add_up
-from fjft.pretrained import build_model, choose_head, name_labels
+from fjft.pretrained import build_model, name_labels
 from fjft.training import step as steps
 from fjft.training.program import Program, build_program
 from fjft.training.state import TrainState, init_state
@@ -111,7 +111,7 @@ def build_run(
     num_labels = None if labels is None else len(labels.names)
     if labels is not None:
         files = name_labels(files, labels)
-    program = build_program(e, mesh, choose_head(files, head, num_labels), total_steps)
+    program = build_program(e, mesh, files, total_steps, num_labels)
     model = build_model(
         files,
         method=e.method,

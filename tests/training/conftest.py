@@ -2,6 +2,8 @@
 
 import jax
 import pytest
+import tiny
+import tiny_encoders
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import save_tiny_model
 
@@ -21,6 +23,17 @@ def _use_compile_cache(compile_cache):
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> str:
+    """The directory of a tiny BERT without a head, and a tokenizer with a mask."""
+    twin = tiny_encoders.torch_model("bert/tanh-gelu/base")
+    directory = tiny_encoders.save(twin, tmp_path_factory.mktemp("bert"))
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.mask_token = "w59"
+    tokenizer.save_pretrained(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="session")

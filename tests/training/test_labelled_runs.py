@@ -12,20 +12,13 @@ import tiny
 import tiny_encoders
 import torch
 import transformers
-from tiny_experiment import start, take_steps
+from tiny_experiment import losses, start, take_steps
 
 import fjft
 from fjft.build import override
 from fjft.cli.main import main
 
 NAMES = ("bad", "good", "middling")
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    """The directory of a tiny BERT without a head."""
-    twin = tiny_encoders.torch_model("bert/tanh-gelu/base")
-    return str(tiny_encoders.save(twin, tmp_path_factory.mktemp("bert")))
 
 
 @pytest.fixture(scope="session")
@@ -71,18 +64,14 @@ def make_config(bert, rows, tmp_path):
     return make
 
 
-def _losses(metrics):
-    return np.array([m.loss_sum / m.weight_sum for m in metrics])
-
-
-def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+def test_cuts_and_meshes_do_not_change_thelosses(make_config):
     config = make_config(data__packing=True)
     _, plain = take_steps(start(config), 4)
     _, sharded = take_steps(start(config, (2, 2, 2)), 4)
     override(config, {"train.accumulation_steps": 2})
     _, accumulated = take_steps(start(config), 4)
-    np.testing.assert_allclose(_losses(accumulated), _losses(plain), rtol=1e-4)
-    np.testing.assert_allclose(_losses(sharded), _losses(plain), rtol=1e-4)
+    np.testing.assert_allclose(losses(accumulated), losses(plain), rtol=1e-4)
+    np.testing.assert_allclose(losses(sharded), losses(plain), rtol=1e-4)
 
 
 def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):

@@ -61,7 +61,7 @@ def test_windows_are_means_over_tokens(llama, good, tmp_path):
     found = losses_of(tmp_path)
     assert list(found) == [3, 6, 9, 10]
     experiment = loop_module.build_experiment(config)
-    files = loop_module.open_model(experiment.model.source)
+    files = experiment.model.open()
     rows, _, _ = experiment.load_examples(files.load_tokenizer())
     loader = Loader(rows, 8, seed=0, num_epochs=None)
     weights = {
@@ -109,7 +109,7 @@ def test_nan_stops_names_the_rows_and_saves_nothing_bad(
             train(make_config(llama, tmp_path, **values))
     message = str(stopped.value)
     experiment = loop_module.build_experiment(make_config(llama, tmp_path))
-    files = loop_module.open_model(llama)
+    files = experiment.model.open()
     rows, _, _ = experiment.load_examples(files.load_tokenizer())
     chosen = Loader(rows, 8, seed=0, num_epochs=None).choose_rows(5).tolist()
     assert f"step 6, batch 5 (rows {chosen}): loss nan" in message

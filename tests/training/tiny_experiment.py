@@ -155,12 +155,11 @@ def start(
 
     from fjft import sharding
     from fjft.build import build_experiment
-    from fjft.checkpoint.source import open_model
     from fjft.training.run import build_run
 
     experiment = build_experiment(config)
     lies_on = sharding.make_mesh(sharding.Config(*mesh))
-    files = open_model(experiment.model.source)
+    files = experiment.model.open()
     rows, held_out, _ = experiment.load_examples(files.load_tokenizer())
     with jax.set_mesh(lies_on):
         run, state = build_run(experiment, lies_on, files, rows, held_out)
@@ -177,6 +176,11 @@ def take_steps(started: Started, num_steps: int) -> tuple[Any, list[Any]]:
             state, metrics = started.run.train_step(state, started.run.frozen, batch)
             rows.append(jax.device_get(metrics))
     return state, rows
+
+
+def losses(metrics: Sequence[Any]) -> list[float]:
+    """Each step's mean loss."""
+    return [float(m.loss_sum / m.weight_sum) for m in metrics]
 
 
 def main() -> int:
