@@ -27,7 +27,7 @@ from fjft.models.fields import Fields
 from fjft.models.heads import with_head
 from fjft.models.layers import Maker
 from fjft.models.quantized import QUANTIZATIONS
-from fjft.models.weights import Site, sites
+from fjft.models.weights import Site, module_at, sites
 from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS
 
@@ -117,8 +117,12 @@ class Blueprint:
     @property
     def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What has the shape of each site's weight."""
-        codes = {s.path: self.params[f"{s.path}.codes"] for s in self.in_codes}
-        return self.params | codes
+        codes = {s.path: module_at(self.model, s.path) for s in self.in_codes}
+        whole = {
+            path: jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+            for path, weight in codes.items()
+        }
+        return self.params | whole
 
 
 def draw_model(

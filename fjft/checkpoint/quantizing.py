@@ -97,7 +97,7 @@ def load_quantized(
         shapes = {name: abstract[f"{site.path}.{name}"] for name in weight.part_names}
         layout = tuple(shapes.items())
         room, store = _make_room(layout)(), _make_store(weight.format, layout)
-        sharding = _of_matrix(shapes["codes"].sharding)
+        sharding = _of_matrix(shapes["codes"].sharding, lead=0)
         for name, place in site.tensors():
             one = dataclasses.replace(site, hf_names=(name,), lead=())
             dtype = files.tensors.dtype(stored[name])
@@ -111,9 +111,11 @@ def load_quantized(
     return params
 
 
-def _of_matrix(sharding: NamedSharding) -> NamedSharding:
-    """How one matrix of a stack lies."""
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[-2:]))
+def _of_matrix(sharding: NamedSharding, lead: int) -> NamedSharding:
+    """How a matrix lies whose codes lie turned, under `lead` axes of its stack."""
+    *stack, axis_in, axis_out = sharding.spec
+    spec = (*stack[len(stack) - lead :], axis_out, axis_in)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 Layout = tuple[tuple[str, jax.ShapeDtypeStruct], ...]
@@ -160,6 +162,7 @@ def restore_weights(model: Any) -> Any:
         full = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         sharding = weight.codes[...].sharding
         assert isinstance(sharding, NamedSharding)
+        sharding = _of_matrix(sharding, lead=weight.ndim - 2)
         with source_of_codes(files):
             loaded = load_params(
                 files, [site], stored, {site.path: full}, {site.path: sharding}

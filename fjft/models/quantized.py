@@ -89,10 +89,13 @@ def _look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
     """`table[codes]` by selection, bit by bit.
 
     A gather of single numbers would be slow on a TPU and would stand between the
-    matrix product and what is fused with it.
+    matrix product and what is fused with it. The table is tied to the codes, since a
+    scan would take what depends on constants alone out of its loop: each of the
+    table's values as a whole matrix.
     """
     wide = codes.astype(jnp.uint8)
-    values = [jnp.float32(value) for value in table]
+    _, tied = jax.lax.optimization_barrier((codes[..., :1, :1], jnp.asarray(table)))
+    values = [tied[i] for i in range(len(table))]
     bit = 1
     while len(values) > 1:
         is_set = (wide & np.uint8(bit)) != 0
@@ -108,7 +111,9 @@ def _round(x: jax.Array, dtype: Any, limit: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a matrix (out, in) is stored.
+    """How a matrix (out, in) is stored: turned, so that blocks lie along the first axis.
+
+    A TPU's matrix product reads it so, and a scale is spread over rows at no cost.
 
     Attributes:
       dtype: Of the codes.
@@ -136,16 +141,18 @@ class Format:
     ) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...], Any]]:
         """Shape, logical axes and dtype of each array that a weight becomes."""
         *lead, size_out, size_in = shape
+        *lead_axes, axis_out, axis_in = axes
         blocks = size_in // self.block if self.block else 1
-        scales = (*lead, size_out, blocks)
+        scales = (*lead, blocks, size_out)
         # A single scale is that of the whole row, wherever the row's parts lie.
-        scale_axes = axes if self.block else (*axes[:-1], None)
-        found = {"codes": (shape, axes, self.dtype)}
+        scale_axes = (*lead_axes, axis_in if self.block else None, axis_out)
+        codes = (*lead, size_in, size_out)
+        found = {"codes": (codes, (*lead_axes, axis_in, axis_out), self.dtype)}
         if self.nested:
             groups = -(-size_out * blocks // NESTED_BLOCK)
             found["scales"] = (scales, scale_axes, jnp.uint8)
-            found["nested"] = ((*lead, groups), (*axes[:-2], None), jnp.float32)
-            found["offset"] = (tuple(lead), axes[:-2], jnp.float32)
+            found["nested"] = ((*lead, groups), (*lead_axes, None), jnp.float32)
+            found["offset"] = (tuple(lead), tuple(lead_axes), jnp.float32)
         else:
             found["scales"] = (scales, scale_axes, self.scale_dtype)
         if self.shifted:
@@ -155,34 +162,33 @@ class Format:
     def quantize(self, weight: Float[Array, "out in"]) -> Parts:
         """Codes and scales of one matrix."""
         size_out, size_in = weight.shape
-        blocks = weight.astype(jnp.float32).reshape(size_out, -1, self.block or size_in)
-        largest = jnp.max(jnp.abs(blocks), axis=-1)
+        turned = weight.T.astype(jnp.float32)
+        blocks = turned.reshape(-1, self.block or size_in, size_out)
+        largest = jnp.max(jnp.abs(blocks), axis=1)
         factor = jnp.where(largest > 0, self.limit / largest, 0.0)
-        codes = self.encode(blocks * factor[..., None]).reshape(weight.shape)
+        codes = self.encode(blocks * factor[:, None]).reshape(turned.shape)
         scales = largest / self.limit
         if self.nested:
             return {"codes": codes, **_quantize_scales(scales)}
         return {"codes": codes, "scales": scales.astype(self.scale_dtype)}
 
-    def dequantize(self, parts: Parts) -> Float[Array, "*lead out in"]:
-        """The numbers that codes and scales stand for, float32."""
-        values = self.decode(parts["codes"])
-        scales = parts["scales"]
+    def dequantize(self, parts: Parts) -> Float[Array, "*lead in out"]:
+        """The numbers that codes and scales stand for, turned, float32."""
+        codes, scales = parts["codes"], parts["scales"]
         if self.nested:
             scales = _dequantize_scales(parts)
-        values = values * _spread(scales, values)
+        *lead, blocks, size_out = scales.shape
+        by_block = codes.reshape(*lead, blocks, -1, size_out)
+        values = self.decode(by_block) * _spread(scales, by_block)
         if self.shifted:
-            values = values + _spread(parts["shifts"], values)
-        return values
+            values = values + _spread(parts["shifts"], by_block)
+        return values.reshape(codes.shape)
 
 
-def _spread(scales: jax.Array, values: jax.Array) -> jax.Array:
+def _spread(scales: jax.Array, by_block: jax.Array) -> jax.Array:
     """Each block's number at each place of the block."""
-    block = values.shape[-1] // scales.shape[-1]
-    wide = (*scales.shape, block)
-    axes = range(scales.ndim)
-    spread = jax.lax.broadcast_in_dim(scales.astype(jnp.float32), wide, axes)
-    return spread.reshape(values.shape)
+    axes = (*range(scales.ndim - 1), scales.ndim)
+    return jax.lax.broadcast_in_dim(scales.astype(jnp.float32), by_block.shape, axes)
 
 
 def _exact_mean(x: Float[Array, "out blocks"]) -> Float[Array, ""]:
@@ -202,8 +208,9 @@ def _exact_mean(x: Float[Array, "out blocks"]) -> Float[Array, ""]:
     return jnp.ldexp(mean, exponent)
 
 
-def _quantize_scales(scales: Float[Array, "out blocks"]) -> Parts:
-    flat = scales.reshape(-1)
+def _quantize_scales(scales: Float[Array, "blocks out"]) -> Parts:
+    """Scales at 8 bits; a group is of consecutive ones, row by row of the matrix."""
+    flat = scales.T.reshape(-1)
     offset = _exact_mean(scales)
     padded = jnp.pad(flat - offset, (0, -flat.size % NESTED_BLOCK))
     groups = padded.reshape(-1, NESTED_BLOCK)
@@ -211,22 +218,22 @@ def _quantize_scales(scales: Float[Array, "out blocks"]) -> Parts:
     factor = jnp.where(largest > 0, 1.0 / largest, 0.0)
     codes = _nearest(groups * factor[:, None], DYNAMIC, jnp.uint8)
     return {
-        "scales": codes.reshape(-1)[: flat.size].reshape(scales.shape),
+        "scales": codes.reshape(-1)[: flat.size].reshape(scales.T.shape).T,
         "nested": largest,
         "offset": offset,
     }
 
 
-def _dequantize_scales(parts: Parts) -> Float[Array, "*lead out blocks"]:
+def _dequantize_scales(parts: Parts) -> Float[Array, "*lead blocks out"]:
     values = _look_up(parts["scales"], DYNAMIC)
-    *lead, size_out, blocks = values.shape
+    *lead, blocks, size_out = values.shape
     groups = parts["nested"]
     wide = (*groups.shape, NESTED_BLOCK)
     spread = jax.lax.broadcast_in_dim(groups, wide, range(groups.ndim))
     spread = spread.reshape(*lead, -1)[..., : size_out * blocks]
-    offset = parts["offset"].reshape(*lead, 1, 1)
-    offset = jnp.broadcast_to(offset, values.shape)
-    return values * spread.reshape(values.shape) + offset
+    spread = spread.reshape(*lead, size_out, blocks).swapaxes(-1, -2)
+    offset = jnp.broadcast_to(parts["offset"].reshape(*lead, 1, 1), values.shape)
+    return values * spread + offset
 
 
 def _as_float(codes: jax.Array) -> jax.Array:
@@ -306,7 +313,8 @@ class Quantized(nnx.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """The matrix's shape."""
-        return self.codes.shape
+        *lead, size_in, size_out = self.codes.shape
+        return (*lead, size_out, size_in)
 
     @property
     def ndim(self) -> int:
@@ -327,7 +335,8 @@ class Quantized(nnx.Module):
         return {name: getattr(self, name)[...] for name in self.part_names}
 
     def __getitem__(self, index: Any) -> Float[Array, "..."]:
-        return FORMATS[self.format].dequantize(self.parts()).astype(self.dtype)[index]
+        turned = FORMATS[self.format].dequantize(self.parts()).astype(self.dtype)
+        return turned.swapaxes(-1, -2)[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise UserError(
@@ -343,7 +352,7 @@ class Quantized(nnx.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(name: str, x: jax.Array, parts: Parts) -> jax.Array:
     weight = FORMATS[name].dequantize(parts).astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x, weight)
+    return jnp.einsum("...i,io->...o", x, weight)
 
 
 def _product_forward(name: str, x: jax.Array, parts: Parts) -> tuple[jax.Array, Parts]:
@@ -352,7 +361,7 @@ def _product_forward(name: str, x: jax.Array, parts: Parts) -> tuple[jax.Array, 
 
 def _product_backward(name: str, parts: Parts, grad: jax.Array) -> tuple[Any, None]:
     weight = FORMATS[name].dequantize(parts).astype(grad.dtype)
-    return jnp.einsum("...o,oi->...i", grad, weight), None
+    return jnp.einsum("...o,io->...i", grad, weight), None
 
 
 _product.defvjp(_product_forward, _product_backward)
