@@ -111,7 +111,7 @@ def _round(x: jax.Array, dtype: Any, limit: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a matrix (out, in) is stored: turned, so that blocks lie along the first axis.
+    """How a matrix (out, in) is stored, turned: blocks lie along the first axis.
 
     A TPU's matrix product reads it so, and a scale is spread over rows at no cost.
 

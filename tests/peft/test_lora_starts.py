@@ -88,11 +88,10 @@ def test_it_starts_as_pefts(start):
 
 
 @pytest.mark.parametrize("start", ["pissa-rslora"], indirect=True)
-def test_the_start_is_as_near_to_the_exact_one_as_pefts(start):
-    theirs = {
-        name: value.detach().numpy()
-        for name, value in peft_twins.trained_by_peft(start.theirs).items()
-    }
+def test_the_start_is_as_near_to_the_exact_one_as_float32_allows(start):
+    """A stable decomposition is that of a matrix a few roundings of the largest
+    singular value away, which turns the kept directions by that over the gap to the
+    first that is not kept (Davis and Kahan 1970)."""
     weights = dict(start.twins.torch.named_parameters())
     ours, rank = start.values(), start.config.r
     names = [name for name in ours if name.endswith("lora_A.weight")]
@@ -103,11 +102,9 @@ def test_the_start_is_as_near_to_the_exact_one_as_pefts(start):
         weight = weights[f"{module}.weight"].detach().double().numpy()
         u, s, vh = np.linalg.svd(weight, full_matrices=False)
         exact = u[:, :rank] * s[:rank] @ vh[:rank] / start.config.scale(module)
-        our_error, their_error = (
-            tiny.relative_error(found[b].astype(np.float64) @ found[a], exact)
-            for found in (ours, theirs)
-        )
-        assert our_error < 2 * their_error + 1e-6, module
+        error = tiny.relative_error(ours[b].astype(np.float64) @ ours[a], exact)
+        rounding = np.finfo(np.float32).eps * s[0]
+        assert error < 4 * rounding / (s[rank - 1] - s[rank]), module
 
 
 def test_it_starts_as_the_bare_model_whose_weights_it_leaves_alone(start):
