@@ -89,9 +89,11 @@ def test_it_starts_as_pefts(start):
 
 @pytest.mark.parametrize("start", ["pissa-rslora"], indirect=True)
 def test_the_start_is_as_near_to_the_exact_one_as_float32_allows(start):
-    """A stable decomposition is that of a matrix a few roundings of the largest
-    singular value away, which turns the kept directions by that over the gap to the
-    first that is not kept (Davis and Kahan 1970)."""
+    """A stable decomposition is that of a matrix a few roundings away.
+
+    They turn the kept directions by as much as they are larger than the gap between
+    the last singular value that is kept and the first that is not (Davis and Kahan).
+    """
     weights = dict(start.twins.torch.named_parameters())
     ours, rank = start.values(), start.config.r
     names = [name for name in ours if name.endswith("lora_A.weight")]
