@@ -51,11 +51,17 @@ def _with_adapter(model: Any, name: str, directory: str | Path) -> Any:
     config = lora.from_peft(described)
     copy = tree.merge(*tree.split(model))
     lora.attach(copy, provenance.sites, config, nnx.Rngs(0))
-    modules = [m for _, m in nnx.iter_modules(copy) if isinstance(m, Adapter)]
-    if config.modules_to_save or any(m.magnitude is not None for m in modules):
+    modules = list(targets.adapters(copy, provenance.sites))
+    if config.modules_to_save or any(
+        targets.is_head(site)
+        or not isinstance(adapter, Adapter)
+        or adapter.magnitude is not None
+        for site, adapter in modules
+    ):
         raise UserError(
-            f"adapter {name!r} changes more than low-rank parts (DoRA, or modules "
-            "trained whole), so it cannot stand beside others; load it alone"
+            f"adapter {name!r} changes more than the layers' maps by low-rank parts "
+            "(DoRA, embeddings, an output head, modules trained whole), so it cannot "
+            "stand beside others; load it alone"
         )
     params = tree.split(copy)[1]
     mesh = next(iter(tree.split(model)[1].values())).sharding.mesh

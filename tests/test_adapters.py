@@ -14,7 +14,7 @@ import torch
 import fjft
 from fjft import tree
 from fjft.errors import UserError
-from fjft.peft import combine
+from fjft.peft import combine, lora
 
 T = 12
 # Two of one rank, on different maps; one of another rank; one on some layers.
@@ -194,6 +194,11 @@ def test_mistakes_are_named(both, tmp_path):
     bare = fjft.load_model(str(both.twins.directory))
     with pytest.raises(UserError, match="at least one directory"):
         fjft.load_adapters(bare, {})
+    config = lora.Config(target_modules="lm_head")
+    head = tiny.build_model(both.twins.directory, lora, config)
+    fjft.save_adapter(head, tmp_path / "head")
+    with pytest.raises(UserError, match="'head' changes more than the layers' maps"):
+        fjft.load_adapters(bare, {"head": tmp_path / "head"})
     with pytest.raises(UserError, match="no several adapters"):
         fjft.set_adapters(bare, "one")
     with pytest.raises(UserError, match="three"):

@@ -19,6 +19,7 @@ from fjft.checkpoint.safetensors import open_safetensors
 from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
 from fjft.errors import UserError
 from fjft.models.heads import of_model, task_type
+from fjft.models.layers import TiedHead
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -74,8 +75,9 @@ def merge_adapter(model: Any) -> Any:
     which are read again from its source.
 
     Raises:
-      UserError: The model has virtual tokens, or the source of a quantized one is not
-        there any more.
+      UserError: The model has virtual tokens, or an adapter of its embeddings alone
+        that are its output head too, or of that alone; or the source of a quantized one
+        is not there any more.
     """
     if getattr(model, "prompt", None) is not None:
         raise UserError(
@@ -87,7 +89,14 @@ def merge_adapter(model: Any) -> Any:
     merged = tree.merge(*tree.split(model))
     module: Any
     for _, module in list(nnx.iter_modules(merged)):
-        if getattr(module, "adapter", None) is not None:
+        adapter = getattr(module, "adapter", None)
+        if adapter is not None:
+            if isinstance(module, TiedHead) or getattr(adapter, "is_tied", False):
+                raise UserError(
+                    "the adapter changes one of this model's embeddings and output "
+                    "head, which are one matrix, so that to merge it would change "
+                    "both; write it with save_adapter"
+                )
             graphdef, params = tree.split(module)
             tree.update(module, _merge(graphdef, params))
             module.adapter = nnx.data(None)
@@ -146,7 +155,9 @@ def load_adapter_params(
     table = provenance.method.peft_tensors(
         model, provenance.sites, provenance.peft_config
     )
-    found, wanted = set(source.names), {tensor.name for tensor in table}
+    wanted = {tensor.name for tensor in table}
+    # PEFT may add the base's own table or head, where the adapter has a part of them.
+    found = {name for name in source.names if ".base_layer." not in name}
     if found != wanted:
         first = sorted(found ^ wanted)[0]
         raise UserError(

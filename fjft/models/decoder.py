@@ -18,6 +18,7 @@ from fjft.models.layers import (
     Maker,
     Stack,
     Terms,
+    TiedHead,
     dropout,
     sum_terms,
 )
@@ -68,8 +69,8 @@ class Decoder(nnx.Module):
             make, lambda make, kind: Block(make, arch, kind), arch.kinds, cuts
         )
         self.norm = make_norm(make, arch, size)
-        self.lm_head = nnx.data(
-            None
+        self.lm_head = (
+            TiedHead()
             if arch.tie_word_embeddings
             else Linear(
                 make,
@@ -299,9 +300,9 @@ class Decoder(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], rng: Key[Array, ""] | None = None
     ) -> Terms:
         """The logits, before they are bent, as a sum of products with (V, ...)."""
-        if self.lm_head is not None:
-            return self.lm_head.terms(x_BTD, rng)
-        return self.embedding.terms(x_BTD)
+        if isinstance(self.lm_head, TiedHead):
+            return self.lm_head.terms(self.embedding, x_BTD, rng)
+        return self.lm_head.terms(x_BTD, rng)
 
     def init_cache(self, batch_size: int, num_slots: int) -> Cache:
         """A cache with `num_slots` empty slots, after any virtual tokens'."""

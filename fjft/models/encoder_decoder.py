@@ -19,6 +19,7 @@ from fjft.models.layers import (
     Maker,
     Stack,
     Terms,
+    TiedHead,
     dropout,
     sum_terms,
 )
@@ -221,8 +222,8 @@ class EncoderDecoder(nnx.Module):
             else Embedding(make, vocab_size, size, std=std, padding_id=padding)
         )
         self.decoder = Half(make, arch, is_decoder=True, cuts=cuts)
-        self.lm_head = nnx.data(
-            None
+        self.lm_head = (
+            TiedHead()
             if arch.ties_head
             else Linear(
                 make,
@@ -379,9 +380,9 @@ class EncoderDecoder(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], rng: Key[Array, ""] | None = None
     ) -> Terms:
         """The logits, less `logits_bias`, as a sum of products with (V, ...)."""
-        if self.lm_head is not None:
-            return self.lm_head.terms(x_BTD, rng)
-        return self._decoder_table.terms(x_BTD)
+        if isinstance(self.lm_head, TiedHead):
+            return self.lm_head.terms(self._decoder_table, x_BTD, rng)
+        return self.lm_head.terms(x_BTD, rng)
 
     @property
     def logits_bias(self) -> Float[Array, "V"] | None:

@@ -107,9 +107,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*B out"]:
         if self.adapter is None:
             return self.base(x)
-        if rng is not None:
-            rng = jax.random.fold_in(rng, zlib.crc32(self.name.encode()))
-        return self.adapter(self, x, rng)
+        return self.adapter(self, x, _own_key(rng, self.name))
 
     def base(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The map without its adapter."""
@@ -129,7 +127,9 @@ class Linear(nnx.Module):
     ) -> Terms:
         """The map with its adapter, but without its bias, as a sum of products."""
         own = ((x, self.weight[...]),)
-        return own if self.adapter is None else own + self.adapter.terms(x, rng)
+        if self.adapter is None:
+            return own
+        return own + self.adapter.terms(x, _own_key(rng, self.name))
 
     def quantize(self, name: str) -> None:
         """Puts codes and scales, all zero, in the weight's place.
@@ -139,6 +139,11 @@ class Linear(nnx.Module):
         """
         if isinstance(self.weight, nnx.Param):
             self.weight = nnx.data(Quantized(name, self.weight))
+
+
+def _own_key(rng: jax.Array | None, name: str) -> jax.Array | None:
+    """A key for what is random in the map of this name."""
+    return None if rng is None else jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
 def sum_terms(terms: Terms) -> Float[Array, "*B out"]:
@@ -247,6 +252,26 @@ class Embedding(nnx.Module):
         """The output head that this table is, as a sum of products."""
         own = ((x, self.weight[...]),)
         return own if self.adapter is None else own + self.adapter.terms(self, x)
+
+
+class TiedHead(nnx.Module):
+    """An output head that is a table of embeddings, and has no numbers of its own.
+
+    Attributes:
+      adapter: As a linear map's; it is not the table's own.
+    """
+
+    def __init__(self):
+        self.adapter: Any = nnx.data(None)
+
+    def terms(
+        self, table: Embedding, x: Float[Array, "*B D"], rng: Key[Array, ""] | None
+    ) -> Terms:
+        """The head with its adapter as a sum of products."""
+        own = table.terms(x)
+        if self.adapter is None:
+            return own
+        return own + self.adapter.terms(x, _own_key(rng, "lm_head"))
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:

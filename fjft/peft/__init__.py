@@ -14,7 +14,7 @@ A method whose parameters start from the base's weights also has
 
 One whose parameters do not all learn at one rate has
 
-- `rate(config, path, num_axes)`: what a parameter's learning rate is multiplied by.
+- `rate(config, path, num_axes, learning_rate)`: what a parameter's is multiplied by.
 
 One that does more than follow the objective's gradient also has
 

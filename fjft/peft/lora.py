@@ -12,11 +12,13 @@ from flax import nnx
 
 from fjft import tree
 from fjft.errors import UserError
+from fjft.models.layers import Embedding, Linear, TiedHead
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Adapter
 from fjft.peft.lora_config import Config as Config
 from fjft.peft.lora_config import from_peft as from_peft
+from fjft.peft.lora_embedding import TableAdapter
 from fjft.peft.targets import PeftTensor
 
 PEFT_TYPE = "LORA"
@@ -28,37 +30,60 @@ cuts = existing.cuts
 def attach(
     model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
 ) -> None:
-    """Puts an adapter into each targeted linear map.
+    """Puts an adapter beside each targeted linear map and table of tokens.
 
     Raises:
-      UserError: A pattern matches nothing, or cannot be had with tied embeddings.
+      UserError: A pattern matches nothing, or means what these options do not suit.
     """
-    linears = targets.linear_sites(model, sites)
-    chosen = targets.select_linears(config.target_modules, linears)
+    could = targets.low_rank_sites(model, sites)
+    chosen = targets.select_linears(config.target_modules, could, adapts_head=True)
     saved.paths(config.modules_to_save, sites)
-    for site in linears:
+    for site in could:
         modules = site.hf_modules
         ranks = tuple(config.rank(m) if m in chosen else 0 for m in modules)
         if not any(ranks):
             continue
-        linear = module_at(model, site.module)
-        most = min(linear.weight.shape[-2:])
-        if config.has_start and max(ranks) > most:
-            raise UserError(
-                f"peft.init_lora_weights={config.init_lora_weights!r} takes the rank "
-                f"{max(ranks)} of {modules[0]} from its weight, which has {most}; set "
-                f"peft.r, or its entry of peft.rank_pattern, to {most} or less"
+        scales = tuple(config.scale(m) if m in chosen else 0.0 for m in modules)
+        module = module_at(model, site.module)
+        if isinstance(module, Embedding):
+            _check_plain(modules[0], config.use_dora or config.has_start, config)
+            is_tied = bool(targets.tied_names(site))
+            adapter = TableAdapter(rngs, module, *ranks, *scales, is_tied=is_tied)
+        else:
+            linear = module
+            if targets.is_head(site):
+                _check_plain(modules[0], config.use_dora, config)
+            if isinstance(module, TiedHead):
+                _check_plain(modules[0], config.has_start, config)
+                linear = module_at(model, targets.head_table(sites).module)
+            most = min(linear.weight.shape[-2:])
+            if config.has_start and max(ranks) > most:
+                raise UserError(
+                    f"peft.init_lora_weights={config.init_lora_weights!r} takes the "
+                    f"rank {max(ranks)} of {modules[0]} from its weight, which has "
+                    f"{most}; set peft.r, or its entry of peft.rank_pattern, to {most} "
+                    "or less"
+                )
+            adapter = Adapter(
+                rngs,
+                linear,
+                ranks,
+                scales,
+                dropout=config.lora_dropout,
+                begin=config.init_lora_weights,
+                use_dora=config.use_dora,
             )
-        adapter = Adapter(
-            rngs,
-            linear,
-            ranks,
-            tuple(config.scale(m) if m in chosen else 0.0 for m in modules),
-            dropout=config.lora_dropout,
-            begin=config.init_lora_weights,
-            use_dora=config.use_dora,
+        module.adapter = nnx.data(adapter)
+
+
+def _check_plain(module: str, is_other: bool, config: Config) -> None:
+    """Refuses what a table of tokens, or the head, cannot have."""
+    if is_other:
+        raise UserError(
+            f"peft.target_modules={config.target_modules!r} means {module}, which has "
+            "plain LoRA only; set peft.use_dora=False and "
+            "peft.init_lora_weights=default, or leave it out"
         )
-        linear.adapter = nnx.data(adapter)
 
 
 def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
@@ -67,6 +92,8 @@ def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
         return
     for site, adapter in targets.adapters(model, sites):
         linear = module_at(model, site.module)
+        if not isinstance(linear, Linear):
+            continue
         graphdef, params = tree.split(linear)
         shardings = {
             path: param.sharding
@@ -117,14 +144,17 @@ def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]
     return lambda path: path.endswith(trained) or path in whole
 
 
-def rate(config: Config, path: str, num_axes: int) -> float:
+def rate(config: Config, path: str, num_axes: int, learning_rate: float) -> float:
     """What a trained parameter's learning rate is multiplied by, as by PEFT's LoRA+.
 
     Args:
       config: The options.
       path: The parameter's.
       num_axes: The number of axes that it has in one layer.
+      learning_rate: The optimizer's.
     """
+    if targets.is_of_table(path):
+        return (config.loraplus_lr_embedding or learning_rate) / learning_rate
     is_b = path.endswith(f"{ADAPTER}b")
     return config.loraplus_lr_ratio if is_b or num_axes == 1 else 1.0
 
@@ -181,9 +211,13 @@ def peft_tensors(
             if not rank:
                 continue
             layer, used = (i,) if site.lead else (), slice(rank)
+            is_table = isinstance(adapter, TableAdapter)
+            name_a, name_b = (
+                f"lora_embedding_{x}" if is_table else f"lora_{x}.weight" for x in "AB"
+            )
             parts: dict[str, tuple[str, tuple]] = {
-                "lora_A.weight": ("a", (*layer, used, every)),
-                "lora_B.weight": ("b", (*layer, every, used)),
+                name_a: ("a", (*layer, used, every)),
+                name_b: ("b", (*layer, every, used)),
             }
             if config.use_dora:
                 parts["lora_magnitude_vector"] = ("magnitude", layer)

@@ -8,9 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from fjft.models.layers import Linear, Maker, broadcast, dropout
+from fjft.models.layers import (
+    Embedding,
+    Linear,
+    Maker,
+    Terms,
+    broadcast,
+    dropout,
+)
 from fjft.peft import starts
-from fjft.peft.low_rank import low_rank, matrix
+from fjft.peft.low_rank import low_rank, matrix, narrow
 
 ADAPTER = ".adapter."
 
@@ -57,7 +64,7 @@ class Adapter(nnx.Module):
     def __init__(
         self,
         rngs: nnx.Rngs,
-        linear: Linear,
+        linear: Linear | Embedding,
         ranks: tuple[int, ...],
         scales: tuple[float, ...],
         *,
@@ -120,6 +127,15 @@ class Adapter(nnx.Module):
         gain = broadcast(self._gain(linear, x.dtype), y)
         change = (gain - 1) * plain.astype(jnp.float32) + gain * low.astype(jnp.float32)
         return y + change.astype(y.dtype)
+
+    def terms(self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None) -> Terms:
+        """What it adds to an output head, as products of vectors of its rank."""
+        scale = self.scale[...]
+        low = narrow(dropout(x, self.dropout, rng), self.a[...], scale)
+        if self.start_a is None or self.start_b is None:
+            return ((low, self.b[...]),)
+        begun = narrow(x, self.start_a[...], -scale)
+        return (low, self.b[...]), (begun, self.start_b[...])
 
     def _less_start(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """The map's output without what A and B added to it at the start."""

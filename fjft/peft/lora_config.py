@@ -17,7 +17,8 @@ class Config:
       r: Rank.
       lora_alpha: The adapter's output is scaled by `lora_alpha / r`.
       lora_dropout: Share of the adapter's input that is dropped in training.
-      target_modules: `all-linear`, or a regex on Hugging Face module names.
+      target_modules: `all-linear`, or a regex on Hugging Face module names, which may
+        mean `lm_head` and the table of tokens, `embed_tokens`, too.
       use_rslora: Scales by `lora_alpha / sqrt(r)` instead (Kalajdzievski 2023).
       use_dora: Trains the lengths of the weight's rows by themselves (Liu et al. 2024).
       init_lora_weights: How A and B start. `default`: A random and B zero. From the
@@ -26,6 +27,8 @@ class Config:
         saved is a plain LoRA of twice the rank, for the base as it was.
       loraplus_lr_ratio: The learning rate of B, and of what is trained that has one
         axis, over the optimizer's, which is A's (Hayou et al. 2024); 1 in plain LoRA.
+      loraplus_lr_embedding: The learning rate of what adapts a table of tokens; 0 is
+        the optimizer's.
       rank_pattern: Ranks of the modules that a regex means, instead of `r`.
       alpha_pattern: The same for `lora_alpha`.
       modules_to_save: A regex on names of modules that are trained whole; "" is none.
@@ -39,6 +42,7 @@ class Config:
     use_dora: bool = False
     init_lora_weights: str = starts.DEFAULT
     loraplus_lr_ratio: float = 1.0
+    loraplus_lr_embedding: float = 0.0
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: str = ""

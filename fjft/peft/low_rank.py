@@ -6,6 +6,34 @@ import jax.numpy as jnp
 from fjft.models.layers import Linear
 
 
+def _narrow(x, a, scale):
+    return jnp.einsum("...i,Ri->...R", x, a.astype(x.dtype)) * scale.astype(x.dtype)
+
+
+@jax.custom_vjp
+def narrow(x, a, scale):
+    """`scale * x @ a.T`, the first half of `low_rank`."""
+    return _narrow(x, a, scale)
+
+
+def _narrow_backward(residuals, grad):
+    x, a, scale = residuals
+    grad = grad * scale.astype(grad.dtype)
+    grad_x = jnp.einsum("...R,Ri->...i", grad, a.astype(grad.dtype))
+    return grad_x, _sum_outer(grad, x), None
+
+
+narrow.defvjp(
+    lambda x, a, scale: (_narrow(x, a, scale), (x, a, scale)), _narrow_backward
+)
+
+
+def _sum_outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The sum of all vectors' outer products, [R, D], in float32."""
+    flat = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    return jnp.einsum("BR,Bd->Rd", *flat, preferred_element_type=jnp.float32)
+
+
 @jax.custom_vjp
 def low_rank(x, a, b, scale):
     """`scale * x @ a.T @ b.T` in the type of x; a and b are float32."""
@@ -13,7 +41,7 @@ def low_rank(x, a, b, scale):
 
 
 def _forward(x, a, b, scale):
-    low = jnp.einsum("...i,Ri->...R", x, a.astype(x.dtype)) * scale.astype(x.dtype)
+    low = _narrow(x, a, scale)
     return jnp.einsum("...R,oR->...o", low, b.astype(x.dtype)), (x, low, a, b, scale)
 
 
@@ -26,16 +54,10 @@ def _backward(residuals, grad):
     x, low, a, b, scale = residuals
     grad_low = jnp.einsum("...o,oR->...R", grad, b.astype(grad.dtype))
     grad_low = grad_low * scale.astype(grad.dtype)
-    flat = [t.reshape(-1, t.shape[-1]) for t in (x, low, grad, grad_low)]
-    flat_x, flat_low, flat_grad, flat_grad_low = flat
-
-    def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.einsum("BR,Bd->Rd", left, right, preferred_element_type=jnp.float32)
-
     return (
         jnp.einsum("...R,Ri->...i", grad_low, a.astype(grad.dtype)),
-        product(flat_grad_low, flat_x),
-        product(flat_low, flat_grad).T,
+        _sum_outer(grad_low, x),
+        _sum_outer(low, grad).T,
         None,
     )
 

@@ -8,11 +8,14 @@ from typing import Any
 from flax import nnx
 
 from fjft.errors import UserError
-from fjft.models.layers import Linear
+from fjft.models.layers import Linear, TiedHead
 from fjft.models.weights import Site, module_at
 
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
+# Where tables of tokens lie: that of a decoder or an encoder, and those of both halves.
+_TABLES = ("embedding.weight", "embeddings.words.weight", "decoder_embedding.weight")
+_HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +43,56 @@ def linear_sites(model: nnx.Module, sites: Iterable[Site]) -> list[Site]:
     ]
 
 
-def adapters(model: nnx.Module, sites: Iterable[Site]) -> Iterator[tuple[Site, Any]]:
-    """The linear maps that carry an adapter, and it."""
-    for site in linear_sites(model, sites):
+def table_site(sites: Iterable[Site]) -> Site:
+    """The site of the table of the input's tokens."""
+    return next(site for site in sites if site.path in _TABLES)
+
+
+def head_table(sites: Iterable[Site]) -> Site:
+    """The site of the table that an output head may be tied to."""
+    return [site for site in sites if site.path in _TABLES][-1]
+
+
+def is_of_table(path: str) -> bool:
+    """Whether a parameter is of a table of tokens, or of its adapter."""
+    modules = (table.removesuffix("weight") for table in _TABLES)
+    return path.startswith(tuple(modules))
+
+
+def is_head(site: Site) -> bool:
+    """Whether a site is that of a language model's output head."""
+    return site.path == _HEAD
+
+
+def tied_names(site: Site) -> list[str]:
+    """The modules that a table of tokens is besides itself.
+
+    A tensor's aliases are these, and itself with and without a prefix.
+    """
+    own = site.hf_modules[0]
+    names = [alias.rpartition(".")[0] for alias in site.aliases[0]]
+    return [n for n in names if not (own.endswith(n) or n.endswith(own))]
+
+
+def low_rank_sites(model: Any, sites: Sequence[Site]) -> list[Site]:
+    """The sites of all weights that low-rank adapters may stand beside.
+
+    Those of linear maps; the table of tokens, where there is one only; and the output
+    head, even if that is a table, and so has no site of its own.
+    """
+    found = linear_sites(model, sites)
+    tables = [site for site in sites if site.path in _TABLES]
+    if not hasattr(model, "decoder_embedding"):
+        found = tables + found
+    if isinstance(getattr(model, "lm_head", None), TiedHead):
+        name = tied_names(head_table(sites))[-1]
+        found.append(Site(_HEAD, (f"{name}.weight",), ()))
+    return found
+
+
+def adapters(model: nnx.Module, sites: Sequence[Site]) -> Iterator[tuple[Site, Any]]:
+    """The maps and tables that carry an adapter, and it."""
+    for site in low_rank_sites(model, sites):
         adapter = module_at(model, site.module).adapter
         if adapter is not None:
             yield site, adapter
@@ -92,24 +142,26 @@ def select(
     return found
 
 
-def select_linears(pattern: str, linears: Sequence[Site]) -> set[str]:
-    """The linear maps that `peft.target_modules` means, by their modules' names.
+def select_linears(
+    pattern: str, sites: Sequence[Site], *, adapts_head: bool = False
+) -> set[str]:
+    """What `peft.target_modules` means, by the modules' names.
 
     Args:
-      pattern: A regex, or `all-linear` for every map but those of the head.
-      linears: The sites of all linear maps' weights.
+      pattern: A regex, or `all-linear` for every linear map but those of the head.
+      sites: Those of the weights that can be meant.
+      adapts_head: Whether the output head of language models is one of them.
 
     Raises:
       UserError: The regex is broken, matches nothing, or means the output head.
     """
-    is_all = pattern == ALL_LINEAR
     # Not every family calls its head so.
-    lm_head = {m for s in linears if s.path == "lm_head.weight" for m in s.hf_modules}
-    names = [m for s in linears if not (is_all and s.head) for m in s.hf_modules]
-    if is_all:
-        names = [m for m in names if m not in lm_head]
+    lm_head = {m for site in sites if is_head(site) for m in site.hf_modules}
+    if pattern == ALL_LINEAR:
+        sites = [s for s in sites if not (s.head or is_head(s) or s.path in _TABLES)]
+    names = [m for site in sites for m in site.hf_modules]
     chosen = select(pattern, names, "peft.target_modules")
-    if lm_head & chosen:
+    if lm_head & chosen and not adapts_head:
         head = "".join(lm_head)
         raise UserError(
             f"peft.target_modules={pattern!r} means {head}, which this method does not "
@@ -160,11 +212,11 @@ def short_names(modules: Collection[str], sites: Iterable[Site]) -> list[str]:
 def peft_names(
     adapted: Sequence[str], model: nnx.Module, sites: Sequence[Site]
 ) -> list[str]:
-    """Names of linear maps as PEFT's `target_modules` lists them.
+    """Names of adapted modules as PEFT's `target_modules` lists them.
 
-    The last parts alone, `["q_proj", "v_proj"]`, if they mean no other linear map.
+    The last parts alone, `["q_proj", "v_proj"]`, if they mean no other module.
     """
-    return short_names(adapted, linear_sites(model, sites))
+    return short_names(adapted, low_rank_sites(model, sites))
 
 
 def lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

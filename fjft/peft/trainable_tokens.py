@@ -98,7 +98,7 @@ def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) ->
       UserError: The table has no such token, or PEFT would train those of another one
         with it.
     """
-    site = _site(sites)
+    site = targets.table_site(sites)
     table = module_at(model, site.module)
     vocab_size = table.weight.shape[0]
     beyond = [i for i in config.token_indices if not 0 <= i < vocab_size]
@@ -120,7 +120,7 @@ def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) ->
 
 def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
     """The vectors as the table has them."""
-    table = module_at(model, _site(sites).module)
+    table = module_at(model, targets.table_site(sites).module)
     ids, trained = jnp.array(config.token_indices), table.adapter.weight
     begin = jax.jit(
         lambda weight: weight[ids].astype(jnp.float32),
@@ -145,7 +145,7 @@ def peft_config(
     """What PEFT's `adapter_config.json` says of the method."""
     return {
         "token_indices": list(config.token_indices),
-        "target_modules": _site(sites).hf_modules[0],
+        "target_modules": targets.table_site(sites).hf_modules[0],
         "init_weights": True,
     }
 
@@ -154,10 +154,12 @@ def peft_tensors(
     model: nnx.Module, sites: Sequence[Site], config: Config
 ) -> list[PeftTensor]:
     """PEFT's tensors: the vectors, once for each module that the table is."""
+    site = targets.table_site(sites)
+    names = [site.hf_modules[0], *targets.tied_names(site)]
+    leaf = "trainable_tokens_delta"
     return [
-        PeftTensor(f"{targets.PEFT_PREFIX}{name}.trainable_tokens_delta", path, ())
-        for path in [_path(sites)]
-        for name in _names(_site(sites))
+        PeftTensor(f"{targets.PEFT_PREFIX}{name}.{leaf}", _path(sites), ())
+        for name in names
     ]
 
 
@@ -172,23 +174,5 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     return options.read(Config, adapter_config, patterns=(), harmless=harmless)
 
 
-def _site(sites: Sequence[Site]) -> Site:
-    """Where the table of the inputs' tokens lies."""
-    tables = "embedding.weight", "embeddings.words.weight"
-    return next(site for site in sites if site.path in tables)
-
-
 def _path(sites: Sequence[Site]) -> str:
-    return f"{_site(sites).module}{ADAPTER}weight"
-
-
-def _names(site: Site) -> list[str]:
-    """The modules that the table is: itself, and those that are tied to it.
-
-    A tensor's aliases are these, and itself with and without a prefix.
-    """
-    own = site.hf_modules[0]
-    others = [alias.rpartition(".")[0] for alias in site.aliases[0]]
-    return [own] + [
-        name for name in others if not (own.endswith(name) or name.endswith(own))
-    ]
+    return f"{targets.table_site(sites).module}{ADAPTER}weight"

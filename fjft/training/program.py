@@ -123,7 +123,12 @@ def build_program(
     rates = None
     if hasattr(e.method, "rate"):
         rates = {
-            path: e.method.rate(e.peft, path, len(axes[path]) - stack_axes[path])
+            path: e.method.rate(
+                e.peft,
+                path,
+                len(axes[path]) - stack_axes[path],
+                e.optimizer.learning_rate,
+            )
             for path in trainable
         }
     optimizer = make_optimizer(

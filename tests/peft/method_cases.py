@@ -170,6 +170,31 @@ CASES: dict[str, dict[str, Case]] = {
         "dora": _same_lora(
             UNTIED, target_modules="all-linear", use_dora=True, **_PATTERNS
         ),
+        "embeddings-and-head": _lora(
+            UNTIED,
+            {"target_modules": ["embed_tokens", "lm_head", "up_proj"]},
+            {"target_modules": "embed_tokens|lm_head|up_proj"},
+        ),
+        "tied-embeddings-and-head": dataclasses.replace(
+            _lora(
+                TIED,
+                {"target_modules": ["embed_tokens", "lm_head"]},
+                {"target_modules": "embed_tokens|lm_head"},
+            ),
+            merges=False,
+        ),
+        "word-embeddings": _lora(
+            CLASSIFIER,
+            {
+                "target_modules": ["word_embeddings", "query"],
+                "modules_to_save": ["classifier"],
+                "task_type": "SEQ_CLS",
+            },
+            {
+                "target_modules": "word_embeddings|query",
+                "modules_to_save": "classifier",
+            },
+        ),
         "olora": dataclasses.replace(
             _lora(
                 UNTIED,

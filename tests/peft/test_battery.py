@@ -296,7 +296,8 @@ def test_files_go_to_peft_and_back(built, tmp_path):
     theirs = peft_twins.load_peft(built.base.twin, tmp_path / "ours")
     logits = built.base.their_logits(theirs, built.batch)
     assert tiny.relative_error(logits, expected) < TOLERANCE
-    theirs.save_pretrained(tmp_path / "theirs")
+    # Else PEFT adds the base's embeddings to those of which it has a part.
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     again = fjft.load_model(str(built.base.directory), adapter=tmp_path / "theirs")
     logits = built.base.logits(again, built.batch)
     if built.case.is_written_as_it_is:

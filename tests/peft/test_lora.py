@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import fjft
 from fjft import sharding, tree
 from fjft.errors import UserError
+from fjft.generation import decode
 from fjft.models.layers import Linear, Maker
 from fjft.peft import lora
 from fjft.peft.lora_adapter import Adapter
@@ -243,6 +244,34 @@ def test_dropout_is_for_training_alone_and_differs_by_layer_and_map(get_twins):
     assert not np.array_equal(train(0), train(1))
 
 
+def test_embeddings_that_peft_adds_to_its_files_are_passed_over(get_twins, tmp_path):
+    twins = get_twins(UNTIED)
+    theirs = peft_twins.randomize(
+        peft_twins.make_peft(twins.torch, target_modules=["embed_tokens", "lm_head"])
+    )
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        theirs.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(".base_layer." in name for name in names)
+    ours = peft_twins.load(twins.directory, tmp_path)
+    peft_twins.assert_same_logits(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("case_name", [UNTIED, TIED])
+def test_a_cache_sees_adapted_embeddings_and_heads(get_twins, case_name):
+    config = lora.Config(r=2, target_modules="embed_tokens|lm_head")
+    ours = tiny.build_model(get_twins(case_name).directory, lora, config)
+    prompt = [5, 9, 4]
+    options = decode.Config(max_new_tokens=6, stop_token_ids=())
+    before = decode.generate_tokens(ours, [prompt], options)
+    peft_twins.scatter(ours)
+    made = decode.generate_tokens(ours, [prompt], options)
+    assert made != before
+    ids = np.array([prompt + made[0]], np.int32)
+    logits = tiny.jit_apply(ours)(ids)
+    assert made[0] == logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"r": 5}, {"target_modules": ["q_proj"]}],
@@ -286,7 +315,12 @@ def test_parts_of_peft_that_are_missing_here_are_refused_by_name(
     [
         (UNTIED, {"target_modules": "qproj"}, r"matches no module.*'q_proj'"),
         (UNTIED, {"target_modules": "q_proj("}, "is not a regex"),
-        (UNTIED, {"target_modules": "lm_head"}, "modules_to_save=lm_head"),
+        (UNTIED, {"target_modules": "lm_head", "use_dora": True}, "plain LoRA only"),
+        (
+            TIED,
+            {"target_modules": "embed_tokens", "init_lora_weights": "pissa"},
+            "plain LoRA only",
+        ),
         (UNTIED, {"modules_to_save": "classifier"}, r"matches no module.*'lm_head'"),
         (TIED, {"modules_to_save": "lm_head"}, "matches no module"),
         (TIED, {"modules_to_save": "embed_tokens"}, "ties its embeddings"),
