@@ -63,7 +63,7 @@ def evaluate(found: weights.Weights) -> tuple[dict[str, float], str]:
     e = found.experiment
     tokenizer = open_model(found.source, found.revision).load_tokenizer()
     held_out = _read_held_out(e, tokenizer)
-    labels = held_out.examples.labels
+    labels, metrics = held_out.examples.labels, e.metrics_module
     mesh = weights.make_mesh(found)
     with jax.set_mesh(mesh):
         model = weights.load(found, mesh)
@@ -73,8 +73,8 @@ def evaluate(found: weights.Weights) -> tuple[dict[str, float], str]:
         sums = add_up(
             lambda batch: step(params, {}, batch),
             (place(batch, mesh) for batch in batches),
+            metrics.Tally(held_out.examples, e.objective),
         )
-    metrics = e.metrics_module
     judged = {f"eval_{k}": v for k, v in metrics.summarize(sums).items()}
     return judged, metrics.report(sums, labels.names if labels else ())
 

@@ -40,9 +40,10 @@ class Config:
       chat_template: A Jinja file used instead of the tokenizer's chat template.
       problem_type: What whole examples are labelled with, where that is learned:
         `single_label_classification`, `multi_label_classification` or `regression`.
-      text_columns: The column that is read then; two, with a comma, are a pair.
+      text_columns: The column that is read where labels are learned, or hidden tokens;
+        two, with a comma, are a pair. Where each word has a tag, it holds a list.
       label_column: The column of the label: a name or a number; several of them, as a
-        list or with commas, where an example may have several.
+        list or with commas, where an example may have several; a list of tags.
       label_names: All labels, in the order of their ids. Empty takes those that occur
         in `train`, sorted.
       mlm_probability: Share of a text's tokens that a masked LM learns to predict.

@@ -148,8 +148,7 @@ def _count(report: Report, example: Example, labels: Labels | None) -> None:
     report.longest = max(report.longest, len(example))
     report.end_tokens.update(example.end_tokens)
     if labels is not None and labels.problem_type != "regression":
-        assert example.target is not None
-        report.labels.update(labels.named(example.target))
+        report.labels.update(labels.of(example))
 
 
 def _explain_empty(report: Report, sources: str | Sequence[str]) -> str:

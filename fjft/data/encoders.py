@@ -8,10 +8,11 @@ decide.
 
 import types
 
-from fjft.data import labelled, masked, tokenize
+from fjft.data import labelled, masked, tagged, tokenize
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
     "labelled": labelled,
     "masked": masked,
+    "tagged": tagged,
 }

@@ -61,23 +61,29 @@ Encoded = Example | list[Example] | MalformedError
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the labels of whole examples mean.
+    """What labels mean.
 
     Attributes:
-      problem_type: transformers' name: `single_label_classification` (a target is the
-        label's id, int32 []), `multi_label_classification` (a 1 for each label that
-        an example has, int32 [C]) or `regression` (float32 [C]).
+      problem_type: transformers' name of what whole examples are labelled with:
+        `single_label_classification` (a target is the label's id, int32 []),
+        `multi_label_classification` (a 1 for each label that an example has, int32
+        [C]) or `regression` (float32 [C]). None if each token has a label.
       names: The labels in the order of their ids, or the names of the numbers.
     """
 
-    problem_type: str
+    problem_type: str | None
     names: tuple[str, ...]
 
-    def named(self, target: np.ndarray) -> list[str]:
-        """The labels of one example; of a regression, its numbers."""
-        if self.problem_type == "regression":
+    def of(self, example: Example) -> list[str]:
+        """The labels of one example, or of its tokens; of a regression, its numbers."""
+        target = example.target
+        if target is None:
+            labels = example.columns["labels"]
+            ids = labels[labels != IGNORED]
+        elif self.problem_type == "regression":
             return [f"{x:g}" for x in target]
-        ids = np.flatnonzero(target) if target.ndim else target[None]
+        else:
+            ids = np.flatnonzero(target) if target.ndim else target[None]
         return [self.names[i] for i in ids]
 
 
@@ -191,8 +197,8 @@ class Spool:
         self._lengths.extend(len(e) for e in examples)
         self._supervised.extend(map(self._count_supervised, examples))
         self._row_numbers.extend(rows)
-        if self._labels is not None:
-            targets = [e.target for e in examples if e.target is not None]
+        targets = [e.target for e in examples if e.target is not None]
+        if targets:
             self._targets.append(np.stack(targets))
 
     def _count_supervised(self, example: Example) -> int:

@@ -8,7 +8,7 @@ tokens around them: `[CLS] it rains . [SEP] it is wet . [SEP]`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,8 +137,7 @@ def find_labels(config: Config) -> Labels:
                 found.update(_read_names(row.values, config))
             except MalformedError:
                 continue  # Rejected with its reason when it is read for its text.
-        is_numeric = all(name.lstrip("-").isdecimal() for name in found)
-        names = sorted(found, key=int if is_numeric else str)
+        names = sort_names(found)
     fewest = 2 if config.problem_type == "single_label_classification" else 1
     if len(names) < fewest:
         raise UserError(
@@ -147,6 +146,12 @@ def find_labels(config: Config) -> Labels:
             "another data.label_column, or the labels in data.label_names"
         )
     return Labels(config.problem_type, tuple(names))
+
+
+def sort_names(names: Collection[str]) -> list[str]:
+    """In order of number if all names are whole numbers, otherwise of letters."""
+    is_numeric = all(name.lstrip("-").isdecimal() for name in names)
+    return sorted(names, key=int if is_numeric else str)
 
 
 def read_text(values: dict[str, Any], column: str) -> str:
@@ -196,7 +201,6 @@ def _read_numbers(values: dict[str, Any], columns: Sequence[str]) -> np.ndarray:
 
 def show_example(tokenizer: Any, example: Example, labels: Labels) -> str:
     """Decodes an example and says its label: `[CLS] what a film! [SEP] → positive`."""
-    assert example.target is not None
-    names = ", ".join(labels.named(example.target))
+    names = ", ".join(labels.of(example))
     text = tokenizer.decode(example.columns["input_ids"].tolist())
     return f"{text} → {names or 'no label'}"

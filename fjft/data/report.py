@@ -41,7 +41,7 @@ class Report:
       longest: Tokens in the longest example.
       end_tokens: Token that ends a learned turn or document -> how often; generation
         stops at these.
-      labels: Name of a label of whole examples -> how many have it.
+      labels: Name of a label -> how many examples, or tokens, have it.
       packed_rows: Rows of `max_length` after packing; 0 without packing.
       efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
         packing, with each example in its own smallest bucket.

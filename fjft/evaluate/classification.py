@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fjft.evaluate.sums import Tally
+
+__all__ = ["Tally", "report", "summarize", "summarize_training"]
+
 
 def summarize(sums: Any) -> dict[str, float]:
     """Metrics of an evaluation.

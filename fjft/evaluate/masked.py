@@ -3,9 +3,9 @@
 from typing import Any
 
 from fjft.evaluate import perplexity
-from fjft.evaluate.perplexity import report
+from fjft.evaluate.perplexity import Tally, report
 
-__all__ = ["report", "summarize", "summarize_training"]
+__all__ = ["Tally", "report", "summarize", "summarize_training"]
 
 
 def summarize(sums: Any) -> dict[str, float]:

@@ -1,16 +1,18 @@
 """The table of contents of metrics.
 
-Each module turns an objective's sums into numbers: `summarize(sums)` those of an
-evaluation, `summarize_training(loss, weight, correct)` those of a log line;
-`report(sums, names)` is a text for the screen, "" where there is none.
+Each module turns what an objective's `evaluate` gives into numbers: its
+`Tally(examples, config)` (see `sums.Tally`) adds that up; `summarize(sums)` are the
+numbers of an evaluation, `summarize_training(loss, weight, correct)` those of a log
+line; `report(sums, names)` is a text for the screen, "" where there is none.
 """
 
 import types
 
-from fjft.evaluate import classification, masked, perplexity
+from fjft.evaluate import classification, entities, masked, perplexity
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
+    "entities": entities,
     "masked": masked,
     "perplexity": perplexity,
 }

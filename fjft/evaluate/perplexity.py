@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+from fjft.evaluate.sums import Tally
+
+__all__ = ["Tally", "of", "report", "summarize", "summarize_training"]
+
 
 def summarize(sums: Any) -> dict[str, float]:
     """Metrics of an evaluation.

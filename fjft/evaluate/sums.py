@@ -7,26 +7,68 @@ import jax
 import numpy as np
 
 
-def add_up(eval_step: Callable[[Any], Any], batches: Iterable[Any]) -> Any:
+class Tally:
+    """Adds up an evaluation, batch by batch, on the host.
+
+    This one takes sums as they are. Others make sums of what single examples gave.
+
+    Args:
+      examples: What is judged, `data.examples.Examples`.
+      config: The objective's options.
+    """
+
+    def __init__(self, examples: Any = None, config: Any = None):
+        del examples, config
+        self._total: Any = None
+
+    def add(self, judged: Any) -> None:
+        """Adds what an objective's `evaluate` gave for a batch, in host memory."""
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), judged)
+        if self._total is not None:
+            sums = jax.tree.map(np.add, self._total, sums)
+        self._total = sums
+
+    def result(self) -> Any:
+        """The sums over all batches, as float64 arrays; None if there were none."""
+        return self._total
+
+
+def add_up(
+    eval_step: Callable[[Any], Any], batches: Iterable[Any], tally: Tally | None = None
+) -> Any:
     """Sums over all batches, so that batch sizes do not matter.
 
     Args:
-      eval_step: Batch -> a pytree of sums, on the device.
+      eval_step: Batch -> what the tally adds, on the device.
       batches: Batches, already on the devices.
+      tally: What adds up; None if the step gives sums.
 
     Returns:
-      The same pytree with float64 numpy arrays; None if there are no batches.
+      The tally's result.
     """
-    total = pending = None
+    tally = tally or Tally()
+    pending = None
     for batch in batches:
-        # The next batch is sent off before the last one's sums are waited for.
+        # The next batch is sent off before the last one's numbers are waited for.
         pending, done = eval_step(batch), pending
-        total = _add(total, done)
-    return _add(total, pending)
+        if done is not None:
+            tally.add(_fetch(done))
+    if pending is not None:
+        tally.add(_fetch(pending))
+    return tally.result()
 
 
-def _add(total: Any, sums: Any) -> Any:
-    if sums is None:
-        return total
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
-    return sums if total is None else jax.tree.map(np.add, total, sums)
+def _fetch(judged: Any) -> Any:
+    """Brings everything to every process, also what lies on others' devices."""
+    if jax.process_count() == 1:
+        return jax.device_get(judged)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(
+        lambda x: (
+            np.asarray(x)
+            if x.is_fully_replicated
+            else multihost_utils.process_allgather(x, tiled=True)
+        ),
+        judged,
+    )

@@ -6,15 +6,21 @@ Each module has a `Config`, what it needs from others by the names of their own 
 
 - `loss(model, batch, config, *, rng, remat) -> Sums`, for the training step;
 - `evaluate(model, batch, config)`, sums from which the metrics follow, with at least
-  `loss` and `weight`.
+  `loss` and `weight`, or what the metrics' own `Tally` makes such sums of.
 """
 
 import types
 
-from fjft.objectives import causal_lm, masked_lm, sequence_classification
+from fjft.objectives import (
+    causal_lm,
+    masked_lm,
+    sequence_classification,
+    token_classification,
+)
 
 OBJECTIVES: dict[str, types.ModuleType] = {
     "causal_lm": causal_lm,
     "masked_lm": masked_lm,
     "sequence_classification": sequence_classification,
+    "token_classification": token_classification,
 }

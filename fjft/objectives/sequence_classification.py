@@ -1,4 +1,7 @@
-"""Labels of whole texts: one each, several each, or numbers."""
+"""Labels of whole texts: one each, several each, or numbers.
+
+A head that labels single tokens has one for each token instead of each segment.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -53,11 +56,15 @@ class Config:
                 f"objective.class_weights={self.class_weights}: none may be negative"
             )
 
+    def plain(self) -> "Config":
+        """Without what only makes training harder."""
+        return dataclasses.replace(self, label_smoothing=0.0, focal_gamma=0.0)
+
 
 def predict(
     model: Any, batch: Batch, rng: Key[Array, ""] | None = None, remat: str = "none"
 ) -> Float[Array, "B S C"]:
-    """The logits of each segment, float32.
+    """The logits of each segment, or of each token, float32.
 
     Args:
       model: An `Encoder` with this head.
@@ -106,16 +113,14 @@ def loss(
       UserError: `class_weights` are not as many as the labels.
     """
     if rng is None:
-        config = _plain(config)
-    return _sums(predict(model, batch, rng, remat), batch["labels"], config)
+        config = config.plain()
+    return label_sums(predict(model, batch, rng, remat), batch["labels"], config)
 
 
-def _plain(config: Config) -> Config:
-    """Without what only makes training harder."""
-    return dataclasses.replace(config, label_smoothing=0.0, focal_gamma=0.0)
-
-
-def _sums(logits_BSC: Float[Array, "B S C"], labels: jax.Array, config: Config) -> Sums:
+def label_sums(
+    logits_BSC: Float[Array, "B S C"], labels: jax.Array, config: Config
+) -> Sums:
+    """Sums of the loss of logits; labels as in `loss`."""
     num_labels = logits_BSC.shape[-1]
     if config.class_weights and len(config.class_weights) != num_labels:
         raise UserError(
@@ -212,9 +217,9 @@ class Judged(NamedTuple):
 
 def evaluate(model: Any, batch: Batch, config: Config) -> Judged:
     """Sums from which every metric of an evaluation follows; arguments as `loss`."""
-    config = _plain(config)
+    config = config.plain()
     logits_BSC, labels = predict(model, batch), batch["labels"]
-    sums = _sums(logits_BSC, labels, config)
+    sums = label_sums(logits_BSC, labels, config)
     if labels.ndim == 2:
         num_labels = logits_BSC.shape[-1]
         is_labelled_BS = labels != IGNORED

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
-from fjft.evaluate.sums import add_up
+from fjft.evaluate.sums import Tally, add_up
 from fjft.pretrained import build_model, name_labels
 from fjft.training import step as steps
 from fjft.training.program import Program, build_program
@@ -34,13 +34,15 @@ class Run(Program):
       loader: Training batches.
       eval_loader: Held-out batches, or None.
       label_names: What the head tells apart, in the order of ids, where it does.
+      make_tally: Makes what adds up an evaluation.
     """
 
     graphdef: nnx.GraphDef
     frozen: tree.Params
     loader: Loader
     eval_loader: Loader | None
-    label_names: tuple[str, ...] = ()
+    label_names: tuple[str, ...]
+    make_tally: Callable[[], Tally]
 
     def batches(self) -> Iterator[steps.Batch]:
         """Training batches from where the loader stands, on the devices."""
@@ -52,7 +54,8 @@ class Run(Program):
             return None
         judge = functools.partial(self.eval_step, state.params, self.frozen)
         batches = self.eval_loader.batches()
-        return add_up(judge, (place(batch, self.mesh) for batch in batches))
+        batches = (place(batch, self.mesh) for batch in batches)
+        return add_up(judge, batches, self.make_tally())
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
@@ -132,6 +135,7 @@ def build_run(
         loader=loader,
         eval_loader=eval_loader,
         label_names=labels.names if labels is not None else (),
+        make_tally=lambda: e.metrics_module.Tally(held_out.examples, e.objective),
     )
     return run, init_state(
         trainable,

@@ -1,6 +1,7 @@
 """Hidden tokens: which, how often, and the same whenever they are drawn again."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def read(tmp_path, bert_tokenizer):
     def read(texts, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-        chosen = {"packing": False, "max_length": 32} | options
+        chosen: dict[str, Any] = {"packing": False, "max_length": 32} | options
         config = Config(train=str(path), **chosen)
         return load_examples(config, bert_tokenizer, 0, masked.Encoder)
 

@@ -54,12 +54,10 @@ def make_config(bert, texts, tmp_path):
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
     config = make_config(model__from_scratch=False)
-    _, plain = take_steps(start(config), 4)
-    _, sharded = take_steps(start(config, (2, 2, 2)), 4)
+    _, plain = take_steps(start(config), 3)
     override(config, {"train.accumulation_steps": 2})
-    _, accumulated = take_steps(start(config), 4)
-    np.testing.assert_allclose(losses(accumulated), losses(plain), rtol=1e-4)
-    np.testing.assert_allclose(losses(sharded), losses(plain), rtol=1e-4)
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
 
 
 def test_a_model_from_scratch_ends_in_what_transformers_loads(

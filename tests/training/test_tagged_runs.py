@@ -1,0 +1,99 @@
+"""Named entities from rows to a directory that transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import seqeval.metrics
+import torch
+import transformers
+from tiny_experiment import losses, start, take_steps
+
+import fjft
+from fjft.build import build_experiment, override
+from fjft.cli.main import main
+
+NAMES = ("B-A", "B-B", "I-A", "I-B", "O")
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory):
+    """A CoNLL file: entities of one or two words, whose numbers tell the type."""
+    random = np.random.default_rng(0)
+    lines = []
+    for _ in range(80):
+        for _ in range(random.integers(2, 5)):
+            lines += [f"w{word}\tO" for word in random.integers(0, 30, 3)]
+            kind, size = random.integers(0, 2), random.integers(1, 3)
+            words = random.integers(30, 35, size) + 5 * kind
+            lines += [
+                f"w{word}\t{'I' if n else 'B'}-{'AB'[kind]}"
+                for n, word in enumerate(words)
+            ]
+        lines.append("")
+    path = tmp_path_factory.mktemp("tagged") / "tagged.txt"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def make_config(bert, tagged, tmp_path):
+    def make(**overrides):
+        config = fjft.load_config("configs/minilm_ner.py")
+        defaults = {
+            "model.source": bert,
+            "data.train": tagged,
+            "data.eval_size": 16.0,
+            "data.max_length": 32,
+            "mesh.fsdp": 1,
+            "train.batch_size": 8,
+            "train.max_steps": 60,
+            "train.log_steps": 10,
+            "evaluate.eval_steps": 0,
+            "optimizer.learning_rate": 1e-2,
+            "checkpoint.directory": str(tmp_path / "run"),
+        }
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        override(config, defaults | named)
+        return config
+
+    return make
+
+
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+    config = make_config(data__packing=True)
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
+    config = make_config()
+    result = fjft.train(config)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").open()]
+    assert [row["step"] for row in log if "eval_f1" in row] == [0, 60]
+
+    model = transformers.AutoModelForTokenClassification.from_pretrained(
+        tmp_path / "run/model"
+    ).eval()
+    assert model.config.id2label == dict(enumerate(NAMES))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    true, said = [], []
+    for i in range(len(held_out.examples)):
+        columns = held_out.examples[i].columns
+        with torch.no_grad():
+            logits = model(torch.tensor(columns["input_ids"])[None].long()).logits
+        is_word = columns["labels"] != -100
+        true.append([NAMES[tag] for tag in columns["labels"][is_word]])
+        said.append([NAMES[tag] for tag in logits[0].argmax(-1).numpy()[is_word]])
+    for name in ("precision", "recall", "f1", "accuracy"):
+        theirs = getattr(seqeval.metrics, f"{name}_score")(true, said)
+        assert result.metrics[f"eval_{name}"] == pytest.approx(theirs)
+    assert result.metrics["eval_f1"] > 0.5
+    report = seqeval.metrics.classification_report(true, said, digits=4)
+    assert report in capsys.readouterr().out
+
+    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    assert report in capsys.readouterr().out
