@@ -41,11 +41,15 @@ class Config:
       problem_type: What whole examples are labelled with, where that is learned:
         `single_label_classification`, `multi_label_classification` or `regression`.
       text_columns: The column that is read where labels are learned, or hidden tokens;
-        two, with a comma, are a pair. Where each word has a tag, it holds a list.
+        two, with a comma, are a pair, or a question and the text that answers it.
+        Where each word has a tag, it holds a list.
       label_column: The column of the label: a name or a number; several of them, as a
-        list or with commas, where an example may have several; a list of tags.
+        list or with commas, where an example may have several; a list of tags; or a
+        question's answers, as SQuAD has them.
       label_names: All labels, in the order of their ids. Empty takes those that occur
         in `train`, sorted.
+      doc_stride: Tokens that two windows on a long text share, where questions are
+        answered from texts.
       mlm_probability: Share of a text's tokens that a masked LM learns to predict.
       whole_word_mask: Choose these by whole words.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
@@ -65,6 +69,7 @@ class Config:
     text_columns: str = "text"
     label_column: str = "label"
     label_names: str | tuple[str, ...] = ()
+    doc_stride: int = 128
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
     shuffle: bool = True

@@ -8,11 +8,12 @@ decide.
 
 import types
 
-from fjft.data import labelled, masked, tagged, tokenize
+from fjft.data import labelled, masked, questions, tagged, tokenize
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
     "labelled": labelled,
     "masked": masked,
+    "questions": questions,
     "tagged": tagged,
 }

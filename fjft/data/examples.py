@@ -30,12 +30,14 @@ class Example:
       end_tokens: For each learned turn or document that ends in a special token, that
         token's id.
       is_truncated: Whether it was cut to `max_length`.
+      note: What an evaluation wants to know of it besides; no batch has it.
     """
 
     columns: Mapping[str, np.ndarray]
     target: np.ndarray | None = None
     end_tokens: tuple[int, ...] = ()
     is_truncated: bool = False
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -87,6 +89,28 @@ class Labels:
         return [self.names[i] for i in ids]
 
 
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """Texts in a file, one for each example.
+
+    Attributes:
+      data: uint8, all of them in UTF-8.
+      starts: int64 [n], where each begins.
+      ends: int64 [n], where each ends.
+    """
+
+    data: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def __getitem__(self, index: int) -> str:
+        return self.data[self.starts[index] : self.ends[index]].tobytes().decode()
+
+    def take(self, indices: np.ndarray) -> "Notes":
+        """The notes at `indices`, sharing the same file."""
+        return Notes(self.data, self.starts[indices], self.ends[indices])
+
+
 class Examples:
     """A sequence of examples.
 
@@ -98,6 +122,7 @@ class Examples:
       supervised: int32 [n], learned tokens in each; 1 where it is learned as a whole.
       row_numbers: int64 [n], the source row each came from, counted from 0 over all
         sources.
+      notes: Their notes, if any has one.
     """
 
     def __init__(
@@ -111,6 +136,7 @@ class Examples:
         columns: tuple[str, ...] = TEXT_COLUMNS,
         labels: Labels | None = None,
         targets: np.ndarray | None = None,
+        notes: Notes | None = None,
     ):
         self._tokens = tokens  # int32 [total, columns]
         self._starts = starts  # int64 [n]: where each example begins
@@ -120,6 +146,7 @@ class Examples:
         self.columns = columns
         self.labels = labels
         self.targets = targets
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,6 +170,7 @@ class Examples:
             columns=self.columns,
             labels=self.labels,
             targets=None if self.targets is None else self.targets[indices],
+            notes=None if self.notes is None else self.notes.take(indices),
         )
 
 
@@ -167,6 +195,8 @@ class Spool:
         self._directory = Path(tempfile.mkdtemp(prefix="fjft-data-", dir=directory))
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._directory, True)
         self._path = self._directory / "tokens.int32"
+        self._notes_path = self._directory / "notes.utf8"
+        self._note_sizes = array.array("q")
         self._lengths = array.array("i")
         self._supervised = array.array("i")
         self._row_numbers = array.array("q")
@@ -183,10 +213,13 @@ class Spool:
             np.concatenate([e.columns[name] for e in examples])
             for name in self._columns
         ]
+        notes = [e.note.encode() for e in examples]
         try:
             with self._path.open("ab") as file:
                 # Token by token, so that one read fetches an example whole.
                 np.stack(columns, axis=1).astype(np.int32).tofile(file)
+            with self._notes_path.open("ab") as file:
+                file.write(b"".join(notes))
         except OSError as error:
             if error.errno != errno.ENOSPC and "requested and" not in str(error):
                 raise
@@ -194,6 +227,7 @@ class Spool:
                 f"no space left in {self._directory} for the tokenized data; free "
                 "some, or point the environment variable TMPDIR elsewhere"
             ) from error
+        self._note_sizes.extend(map(len, notes))
         self._lengths.extend(len(e) for e in examples)
         self._supervised.extend(map(self._count_supervised, examples))
         self._row_numbers.extend(rows)
@@ -214,6 +248,7 @@ class Spool:
             tokens = np.asarray(np.memmap(self._path, np.int32, "r"))
         else:
             tokens = np.zeros(0, np.int32)
+        notes = self._open_notes()
         # The mapping outlives the file's name, so the directory can go at once where
         # the system allows that; elsewhere it goes when the process ends.
         self._cleanup()
@@ -226,4 +261,12 @@ class Spool:
             columns=self._columns,
             labels=self._labels,
             targets=np.concatenate(self._targets) if self._targets else None,
+            notes=notes,
         )
+
+    def _open_notes(self) -> Notes | None:
+        ends = np.cumsum(self._note_sizes, dtype=np.int64)
+        if not ends.size or not ends[-1]:
+            return None
+        data = np.asarray(np.memmap(self._notes_path, np.uint8, "r"))
+        return Notes(data, ends - np.array(self._note_sizes), ends)

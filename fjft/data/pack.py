@@ -186,14 +186,19 @@ class Rows:
         return len(self.lengths)
 
     @functools.cached_property
+    def _most_segments(self) -> int:
+        """S, the segments that a row has at most."""
+        return 1 if self.bins is None else int(np.diff(self.bins.starts).max(initial=1))
+
+    @functools.cached_property
     def _no_targets(self) -> np.ndarray | None:
-        """For the S segments that a row has at most: -100, or NaN for numbers."""
+        """For each of S segments: -100, or NaN for numbers."""
         targets = self.examples.targets
         if targets is None:
             return None
-        S = 1 if self.bins is None else int(np.diff(self.bins.starts).max(initial=1))
         filler = np.nan if targets.dtype.kind == "f" else IGNORED
-        return np.full((S, *targets.shape[1:]), filler, targets.dtype)
+        shape = self._most_segments, *targets.shape[1:]
+        return np.full(shape, filler, targets.dtype)
 
     @property
     def efficiency(self) -> float:
@@ -229,9 +234,13 @@ class Rows:
           seed: Of what is drawn of each example.
 
         Returns:
-          What `empty_batch` has.
+          What `empty_batch` has. If examples have notes, also int32 [B, S] `examples`,
+          the numbers of those in a row, and -1 where there is none.
         """
         batch = empty_batch(batch_size, length, self.columns, self._no_targets)
+        if self.examples.notes is not None:
+            shape = batch_size, self._most_segments
+            batch["examples"] = np.full(shape, -1, np.int32)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0
@@ -244,5 +253,7 @@ class Rows:
                 batch["segment_ids"][row, start:end] = segment
                 if member.target is not None:
                     batch["labels"][row, segment - 1] = member.target
+                if self.examples.notes is not None:
+                    batch["examples"][row, segment - 1] = example
                 start = end
         return batch

@@ -8,11 +8,12 @@ line; `report(sums, names)` is a text for the screen, "" where there is none.
 
 import types
 
-from fjft.evaluate import classification, entities, masked, perplexity
+from fjft.evaluate import classification, entities, masked, perplexity, spans
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
     "entities": entities,
     "masked": masked,
     "perplexity": perplexity,
+    "spans": spans,
 }

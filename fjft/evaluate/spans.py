@@ -1,0 +1,132 @@
+"""Answers found in texts: SQuAD's exact match and F1 (Rajpurkar et al. 2016)."""
+
+import json
+import math
+import re
+import string
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fjft.evaluate import sums
+from fjft.evaluate.perplexity import report
+
+__all__ = ["Tally", "report", "summarize", "summarize_training"]
+
+
+class Counts(NamedTuple):
+    """What adds up.
+
+    Attributes:
+      loss: As in `objectives.cross_entropy.Sums`; so the next.
+      weight: As in `Sums`.
+      exact: Questions whose answer is one of the right ones.
+      f1: Sum over questions of the words' F1.
+      questions: How many.
+    """
+
+    loss: float
+    weight: float
+    exact: float
+    f1: float
+    questions: float
+
+
+class Tally(sums.Tally):
+    """Answers each question when all of its windows are there; see `sums.Tally`."""
+
+    def __init__(self, examples: Any, config: Any):
+        super().__init__(examples, config)
+        self._notes = examples.notes
+        self._config = config
+        # Question -> how many windows were seen, and the best score with its answer.
+        self._open: dict[int, tuple[int, tuple[float, str]]] = {}
+
+    def add(self, judged: Any) -> None:
+        """Adds `objectives.question_answering.Judged` of a batch."""
+        exact = f1 = questions = 0.0
+        for row, segment in zip(*np.nonzero(judged.examples >= 0), strict=True):
+            window = json.loads(self._notes[judged.examples[row, segment]])
+            here = judged.segment_ids[row] == segment + 1
+            found = find_answer(judged.logits[row, here], window, self._config)
+            seen, best = self._open.pop(window["question"], (0, (-math.inf, "")))
+            best = max(best, found, key=lambda scored: scored[0])
+            if seen + 1 < window["windows"]:
+                self._open[window["question"]] = seen + 1, best
+                continue
+            answer = best[1]
+            exact += max(exact_match(answer, right) for right in window["answers"])
+            f1 += max(word_f1(answer, right) for right in window["answers"])
+            questions += 1
+        super().add(Counts(judged.loss, judged.weight, exact, f1, questions))
+
+
+def find_answer(
+    logits_TC: np.ndarray, window: dict[str, Any], config: Any
+) -> tuple[float, str]:
+    """The best answer in a window and its score, the sum of two logits.
+
+    Args:
+      logits_TC: [T, 2], of a start and an end at each of its tokens.
+      window: Its note; see `data.questions.Encoder`.
+      config: `n_best_size` and `max_answer_length` are used.
+    """
+    starts, ends = (np.argsort(-x)[: config.n_best_size] for x in logits_TC.T)
+    scores = logits_TC[starts, 0][:, None] + logits_TC[ends, 1][None, :]
+    first, offsets = window["first"], window["offsets"]
+    is_in, is_in_too = (
+        (x >= first) & (x < first + len(offsets)) for x in (starts, ends)
+    )
+    lengths = ends[None, :] - starts[:, None] + 1
+    is_answer = is_in[:, None] & is_in_too[None, :]
+    is_answer &= (lengths > 0) & (lengths <= config.max_answer_length)
+    if not is_answer.any():
+        return -math.inf, ""
+    scores = np.where(is_answer, scores, -np.inf)
+    start, end = np.unravel_index(np.argmax(scores), scores.shape)
+    begin, stop = offsets[starts[start] - first][0], offsets[ends[end] - first][1]
+    return float(scores[start, end]), window["context"][begin:stop]
+
+
+def normalize(text: str) -> list[str]:
+    """Its words in lower case, without articles and punctuation."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def exact_match(said: str, right: str) -> float:
+    """1 if both have the same words, else 0."""
+    return float(normalize(said) == normalize(right))
+
+
+def word_f1(said: str, right: str) -> float:
+    """F1 of the words that both have."""
+    words, right_words = normalize(said), normalize(right)
+    if not words or not right_words:
+        return float(words == right_words)
+    common = (Counter(words) & Counter(right_words)).total()
+    return 2 * common / (len(words) + len(right_words))
+
+
+def summarize(sums: Any) -> dict[str, float]:
+    """Metrics of an evaluation.
+
+    Args:
+      sums: `Counts` over all of it.
+
+    Returns:
+      `loss`; `exact_match` and `f1` in percent, and `num_questions`.
+    """
+    questions = max(float(sums.questions), 1)
+    return {
+        "loss": float(sums.loss) / max(float(sums.weight), 1),
+        "exact_match": 100 * float(sums.exact) / questions,
+        "f1": 100 * float(sums.f1) / questions,
+        "num_questions": float(sums.questions),
+    }
+
+
+def summarize_training(loss: float, weight: float, correct: float) -> dict[str, float]:
+    """Loss, and the share of windows of which start and end are right."""
+    return {"loss": loss / weight, "accuracy": correct / weight}

@@ -1,0 +1,97 @@
+"""Questions from rows to a directory that transformers answers with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_experiment import losses, start, take_steps
+
+import fjft
+from fjft.build import build_experiment, override
+from fjft.cli.main import main
+from fjft.evaluate.spans import exact_match, word_f1
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """The answer is what follows the question's word in the context."""
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(64):
+        words = [f"w{w}" for w in random.permutation(50)[: random.integers(10, 40)]]
+        place = int(random.integers(0, len(words) - 2))
+        answer = " ".join(words[place + 1 : place + 3])
+        context = " ".join(words)
+        answers = {"text": [answer], "answer_start": [context.index(f" {answer}") + 1]}
+        rows.append({"question": words[place], "context": context, "answers": answers})
+    path = tmp_path_factory.mktemp("questions") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def make_config(bert, questions, tmp_path):
+    def make(**overrides):
+        config = fjft.load_config("configs/minilm_squad.py")
+        defaults = {
+            "model.source": bert,
+            "data.train": questions,
+            "data.eval": "",
+            "data.eval_size": 16.0,
+            "data.max_length": 24,
+            "data.doc_stride": 8,
+            "mesh.fsdp": 1,
+            "train.batch_size": 8,
+            "train.max_steps": 10,
+            "train.log_steps": 5,
+            "evaluate.eval_steps": 0,
+            "optimizer.learning_rate": 1e-2,
+            "checkpoint.directory": str(tmp_path / "run"),
+        }
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        override(config, defaults | named)
+        return config
+
+    return make
+
+
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+    config = make_config(data__packing=True, data__max_length=32)
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_a_run_ends_in_what_transformers_answers_with(make_config, tmp_path, capsys):
+    config = make_config()
+    result = fjft.train(config)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        tmp_path / "run/model"
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    assert len(held_out) == 16
+    assert held_out.examples.notes is not None
+    best: dict[int, tuple[float, str, str]] = {}
+    for i in range(len(held_out.examples)):
+        ids = held_out.examples[i].columns["input_ids"]
+        window = json.loads(held_out.examples.notes[i])
+        with torch.no_grad():
+            out = model(torch.tensor(ids)[None].long())
+        first = window["first"]
+        scores = out.start_logits[0, :, None] + out.end_logits[0, None, :]
+        for a, (begin, _) in enumerate(window["offsets"]):
+            for b, (_, stop) in enumerate(window["offsets"][a:], a):
+                answer = window["context"][begin:stop]
+                pair = float(scores[first + a, first + b]), answer, window["answers"][0]
+                number = window["question"]
+                best[number] = max(best.get(number, pair), pair)
+    assert result.metrics["eval_num_questions"] == len(best) < 16
+    for name, score in (("exact_match", exact_match), ("f1", word_f1)):
+        theirs = np.mean([score(said, right) for _, said, right in best.values()])
+        assert result.metrics[f"eval_{name}"] == pytest.approx(100 * theirs)
+    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    assert f"{result.metrics['eval_f1']:.5g}" in capsys.readouterr().out
