@@ -37,6 +37,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "prompt": {"optimizer.learning_rate": 3e-2},
     "p_tuning": {"optimizer.learning_rate": 3e-3},
     "prefix": {"optimizer.learning_rate": 1e-2},
+    # SmolLM2's tokens that begin and end a turn, and its end of a line.
+    "trainable_tokens": {
+        "peft.token_indices": (1, 2, 198),
+        "optimizer.learning_rate": 3e-3,
+    },
+    "bottleneck": {"optimizer.learning_rate": 1e-3},
 }
 
 

@@ -69,7 +69,7 @@ METHOD_COLUMNS = {
     "gradients": ("test_loss_and_gradients",),
     "20 steps": ("test_twenty_steps_of_training",),
     "merges": ("test_merged_equals_adapted",),
-    "PEFT files": ("test_files_go_to_peft_and_back",),
+    "adapter files": ("test_files_go_to_peft_and_back",),
     "whole model": ("test_files_go_to_transformers_and_back",),
     "Orbax": ("test_orbax_gives_back_what_it_was_given",),
     "sharded": ("test_sharded_equals_one_device",),
@@ -125,7 +125,7 @@ def methods() -> str:
     battery = re.compile(r"test_battery\.py::(\w+)\[(\w+)/[^/]*/([\w-]+)\]")
     for test, method, kind in battery.findall("\n".join(collected())):
         tests[method] |= {test, f"{test}:{kind}"}
-    rows = [["`peft.method`", "file", "PEFT's type", *METHOD_COLUMNS]]
+    rows = [["`peft.method`", "file", "adapter type", *METHOD_COLUMNS]]
     for name, method in METHODS.items():
         file = method.__name__.rpartition(".")[2]
         kind = f"`{method.PEFT_TYPE}`" if method.PEFT_TYPE else ""

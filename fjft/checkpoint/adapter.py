@@ -17,12 +17,14 @@ from fjft.checkpoint.huggingface import Provenance
 from fjft.checkpoint.quantizing import is_quantized, restore_weights
 from fjft.checkpoint.safetensors import open_safetensors
 from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
+from fjft.checkpoint.torch_bin import open_bin
 from fjft.errors import UserError
 from fjft.models.heads import of_model, task_type
 from fjft.models.layers import TiedHead
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+# Those of PEFT, unless a method says otherwise: what is written, and what it was once.
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def save_adapter(model: Any, directory: str | Path) -> None:
@@ -55,7 +57,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
                 lambda p=param, i=tensor.index: np.asarray(jax.device_get(p[i])),
             )
         )
-    write_safetensors(directory / WEIGHTS_NAME, tensors)
+    write_safetensors(directory / _weights_names(method)[0], tensors)
     described = {
         "peft_type": method.PEFT_TYPE,
         "task_type": head,
@@ -75,9 +77,9 @@ def merge_adapter(model: Any) -> Any:
     which are read again from its source.
 
     Raises:
-      UserError: The model has virtual tokens, or an adapter of its embeddings alone
-        that are its output head too, or of that alone; or the source of a quantized one
-        is not there any more.
+      UserError: The model has virtual tokens, bottlenecks, or an adapter of its
+        embeddings alone that are its output head too, or of that alone; or the source
+        of a quantized one is not there any more.
     """
     if getattr(model, "prompt", None) is not None:
         raise UserError(
@@ -91,6 +93,11 @@ def merge_adapter(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(merged)):
         adapter = getattr(module, "adapter", None)
         if adapter is not None:
+            if not hasattr(adapter, "merge"):
+                raise UserError(
+                    "bottleneck adapters are no change of the weights, so nothing can "
+                    "merge them into those; write them with save_adapter"
+                )
             if isinstance(module, TiedHead) or getattr(adapter, "is_tied", False):
                 raise UserError(
                     "the adapter changes one of this model's embeddings and output "
@@ -114,8 +121,12 @@ def _merge(graphdef: nnx.GraphDef, params: tree.Params) -> tree.Params:
     return tree.split(linear)[1]
 
 
+def _weights_names(method: Any) -> tuple[str, str]:
+    return getattr(method, "WEIGHTS_NAMES", WEIGHTS_NAMES)
+
+
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
-    """The `adapter_config.json` of a PEFT directory.
+    """The `adapter_config.json` of a PEFT directory, or of one of AdapterHub's.
 
     Raises:
       UserError: There is none, or it is broken.
@@ -124,9 +135,12 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is no PEFT adapter: it has no {CONFIG_NAME}")
     try:
-        return json.loads(path.read_text("utf-8"))
+        described = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); mend it") from error
+    return (
+        {"peft_type": "ADAPTERHUB"} | described if "config" in described else described
+    )
 
 
 def load_adapter_params(
@@ -148,10 +162,11 @@ def load_adapter_params(
     Raises:
       UserError: The tensors are not those of this model's adapter.
     """
-    path = Path(directory) / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{directory} has no {WEIGHTS_NAME}")
-    source = open_safetensors(path)
+    names = _weights_names(provenance.method)
+    path, old_path = (Path(directory) / name for name in names)
+    if not path.is_file() and not old_path.is_file():
+        raise UserError(f"{directory} has no {names[0]}")
+    source = open_safetensors(path) if path.is_file() else open_bin(old_path)
     table = provenance.method.peft_tensors(
         model, provenance.sites, provenance.peft_config
     )

@@ -17,6 +17,7 @@ from fjft.models.layers import (
     Linear,
     Maker,
     RMSNorm,
+    adapted,
     dropout,
 )
 from fjft.models.mask import Mask
@@ -291,7 +292,11 @@ def _make_mlp(make: Maker, arch: Architecture) -> nnx.Module:
 
 
 class Block(nnx.Module):
-    """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, or as flags say."""
+    """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, or as flags say.
+
+    Attributes:
+      adapter: None, or what changes the outputs of both sublayers; see `adapted`.
+    """
 
     def __init__(self, make: Maker, arch: Architecture, kind: Kind):
         def norm(wanted: bool) -> Any:
@@ -315,6 +320,7 @@ class Block(nnx.Module):
         self.mlp: Any = nnx.data(mlp)
         self.moe: Any = nnx.data(moe)
         self.mlp_post_norm = norm(arch.post_norm)
+        self.adapter: Any = nnx.data(None)
         self.is_parallel = arch.is_parallel
         self.dropout = arch.residual_dropout
 
@@ -333,6 +339,7 @@ class Block(nnx.Module):
             _through(self.attention_norm, x_BTD), view, layer, cache, rng
         )
         attended = _through(self.attention_post_norm, attended)
+        attended = adapted(self.adapter, "attention", attended, x_BTD, None, rng)
         between = x_BTD + dropout(attended, self.dropout, keys[0])
         mlp_in = _through(self.mlp_norm, x_BTD if self.is_parallel else between)
         if self.moe is not None:
@@ -340,6 +347,7 @@ class Block(nnx.Module):
         else:
             out = self.mlp(mlp_in, rng)
         out = _through(self.mlp_post_norm, out)
+        out = adapted(self.adapter, "mlp", out, between, None, rng)
         x_BTD = between + dropout(out, self.dropout, keys[1])
         return constrain(x_BTD, "batch", None, None), cache, load
 

@@ -11,7 +11,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.attention import attention
 from fjft.models.encoder_head import Plan
-from fjft.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Maker
+from fjft.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Maker,
+    adapted,
+)
 from fjft.models.prompt import prepend_vectors
 from fjft.sharding import constrain
 
@@ -175,7 +182,11 @@ class SelfAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: `x = norm(x + attention(x))`, then `norm(x + mlp(x))`."""
+    """One layer: `x = norm(x + attention(x))`, then `norm(x + mlp(x))`.
+
+    Attributes:
+      adapter: None, or what changes the outputs of both sublayers; see `adapted`.
+    """
 
     def __init__(
         self,
@@ -195,12 +206,16 @@ class Block(nnx.Module):
             make, "down", (size, wide), ("embed", "mlp"), bias=True, std=std
         )
         self.mlp_norm = LayerNorm(make, size, eps=arch.norm_eps, bias=True)
+        self.adapter: Any = nnx.data(None)
         self.activation = arch.activation
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: Any, rng: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
-        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, context, rng))
+        out, norm = self.attention(x_BTD, context, rng), self.attention_norm
+        out = adapted(self.adapter, "attention", out, x_BTD, norm, rng)
+        x_BTD = norm(x_BTD + out)
         hidden = ACTIVATIONS[self.activation](self.up(x_BTD, rng))
-        x_BTD = self.mlp_norm(x_BTD + self.down(hidden, rng))
+        out, norm = self.down(hidden, rng), self.mlp_norm
+        x_BTD = norm(x_BTD + adapted(self.adapter, "mlp", out, x_BTD, norm, rng))
         return constrain(x_BTD, "batch", None, None)

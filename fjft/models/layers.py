@@ -254,6 +254,29 @@ class Embedding(nnx.Module):
         return own if self.adapter is None else own + self.adapter.terms(self, x)
 
 
+def adapted(
+    adapter: Any,
+    sublayer: str,
+    out: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
+    norm: Callable[[jax.Array], jax.Array] | None,
+    rng: Key[Array, ""] | None,
+) -> Float[Array, "B T D"]:
+    """A sublayer's output as a block's `adapter` slot makes it.
+
+    Args:
+      adapter: What the slot holds, a module that is called with what follows; or None.
+      sublayer: `attention` or `mlp`.
+      out: What the sublayer gave.
+      x: The residual stream that it joins.
+      norm: What norms their sum, or None.
+      rng: Turns on what is random in training.
+    """
+    if adapter is None:
+        return out
+    return adapter(sublayer, out, x, norm, _own_key(rng, f"{sublayer} adapter"))
+
+
 class TiedHead(nnx.Module):
     """An output head that is a table of embeddings, and has no numbers of its own.
 

@@ -21,6 +21,7 @@ One that does more than follow the objective's gradient also has
 - `step_rule(model, sites, config, total_steps)`: the `StepRule` that says what.
 
 A method with a `PEFT_TYPE` also has `peft_config`, `peft_tensors` and `from_peft`, its
-file format in both directions, and may have `plain(model, sites, config)`, a model and
-options with which these describe what the given ones cannot.
+file format in both directions (and `WEIGHTS_NAMES`, if its file has another name than
+PEFT's), and may have `plain(model, sites, config)`, a model and options with which
+these describe what the given ones cannot.
 """

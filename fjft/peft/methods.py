@@ -5,6 +5,7 @@ import types
 from fjft.peft import (
     adalora,
     bitfit,
+    bottleneck,
     full,
     ia3,
     last_layers,
@@ -32,4 +33,5 @@ METHODS: dict[str, types.ModuleType] = {
     "select": select,
     "trainable_tokens": trainable_tokens,
     "vera": vera,
+    "bottleneck": bottleneck,
 }

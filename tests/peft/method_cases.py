@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import bases
+import bottleneck_twins
 import peft
 import peft_twins
 import torch
@@ -34,6 +35,8 @@ class Case:
       starts_as_base: Whether a new model computes what the bare one does.
       is_written_as_it_is: Whether its files hold the trained parameters themselves.
       merges: Whether `merge_adapter` can fold it into the weights.
+      save: Writes such a model's files, `(model, directory)`.
+      load: Puts such files on a copy of the torch model, `(model, directory)`.
       rows: The lengths of the segments of each row of a batch.
       sum_loss: The oracle's loss where it is not the base's own.
       learning_rate: The highest of the twenty steps.
@@ -46,6 +49,8 @@ class Case:
     starts_as_base: bool = True
     is_written_as_it_is: bool = True
     merges: bool = True
+    save: Callable[[Any, Any], None] = peft_twins.save_peft
+    load: Callable[[Any, Any], Any] = peft_twins.load_peft
     rows: list[list[int]] = dataclasses.field(default_factory=lambda: bases.ROWS)
     sum_loss: Callable[[Any, bases.Batch, int], torch.Tensor] | None = None
     learning_rate: float = 3e-3
@@ -133,6 +138,21 @@ def _tokens(base: str, *token_indices: int) -> Case:
     options = {"token_indices": list(token_indices)}
     make_theirs = by_peft(peft.TrainableTokensConfig, **options)
     return Case(base=base, options=options, make_theirs=make_theirs)
+
+
+def _bottleneck(base: str, kind: str, **options: Any) -> Case:
+    make, load = bottleneck_twins.make, bottleneck_twins.load
+    whole = {"modules_to_save": "classifier"} if base == CLASSIFIER else {}
+    return Case(
+        base=base,
+        options={"kind": kind, "name": "sst-2"} | options | whole,
+        make_theirs=lambda twin: make(twin, kind, **options),
+        trained=peft_twins.trained_by_torch,
+        starts_as_base=kind == "parallel",
+        merges=False,
+        save=bottleneck_twins.save,
+        load=lambda twin, directory: load(twin, directory, kind, **options),
+    )
 
 
 # Key of `METHODS` -> variant -> case.
@@ -349,6 +369,12 @@ CASES: dict[str, dict[str, Case]] = {
         "tied": _tokens(TIED, 9, 4, 23),
         "classifier": _tokens(CLASSIFIER, 7, 11),
         "t5": _tokens("t5/relu-tied", 6, 2),
+    },
+    "bottleneck": {
+        "houlsby": _bottleneck(UNTIED, "houlsby", reduction_factor=8),
+        "pfeiffer": _bottleneck(UNTIED, "pfeiffer", non_linearity="gelu"),
+        "pfeiffer-classifier": _bottleneck(CLASSIFIER, "pfeiffer", reduction_factor=5),
+        "parallel-classifier": _bottleneck(CLASSIFIER, "parallel", scaling=1.5),
     },
     "vera": {
         "stacks-in-part": Case(

@@ -42,6 +42,11 @@ def randomize(model: Any, trained: Any = None, seed: int = 1) -> Any:
     return model
 
 
+def save_peft(model: Any, directory: Any) -> None:
+    """What `peft` writes, less the embeddings that it would add to parts of them."""
+    model.save_pretrained(directory, save_embedding_layers=False)
+
+
 def load_peft(twin: Any, directory: Any) -> Any:
     """A PEFT directory on top of a copy of a torch model, loaded by `peft`."""
     import peft
