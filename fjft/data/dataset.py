@@ -27,12 +27,14 @@ class Encoder(Protocol):
       columns: Names of its examples' columns.
       labels: What its examples are labelled with; None if nothing.
       draw: What each epoch draws anew of an example; None if nothing.
+      num_parts: Texts that an example is made of, each a segment of its own.
       generates: Whether the model learns to write, and so needs to learn to stop.
     """
 
     columns: tuple[str, ...]
     labels: Labels | None
     draw: Draw | None
+    num_parts: int
     generates: bool
 
     def read(self, values: dict[str, Any]) -> tuple[str, Any]:
@@ -75,7 +77,9 @@ def load_examples(
     else:
         examples, held_out = hold_out(examples, config.eval_size, seed)
         report.held_out = len(held_out)
-    train, evaluation = (Rows(e, config, encoder.draw) for e in (examples, held_out))
+    train, evaluation = (
+        Rows(e, config, encoder.draw, encoder.num_parts) for e in (examples, held_out)
+    )
     for rows, part in ((train, report), (evaluation, report.eval)):
         if part is not None:
             part.packed_rows = 0 if rows.bins is None else len(rows)

@@ -8,10 +8,11 @@ decide.
 
 import types
 
-from fjft.data import labelled, masked, questions, tagged, tokenize
+from fjft.data import groups, labelled, masked, questions, tagged, tokenize
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
+    "groups": groups,
     "labelled": labelled,
     "masked": masked,
     "questions": questions,

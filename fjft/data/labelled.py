@@ -43,6 +43,7 @@ class Encoder:
     """
 
     draw: Draw | None = None
+    num_parts: int = 1
     generates: bool = False
 
     def __init__(self, tokenizer: Any, config: Config):

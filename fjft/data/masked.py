@@ -42,6 +42,7 @@ class Encoder:
 
     columns: tuple[str, ...] = ("input_ids", "words")
     labels: Labels | None = None
+    num_parts: int = 1
     generates: bool = False
 
     def __init__(self, tokenizer: Any, config: Config):

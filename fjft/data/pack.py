@@ -6,7 +6,10 @@
     positions    0 1 2 3 4 0 1 2      0 1 2 3 0 1 0 0
     segment_ids  1 1 1 1 1 2 2 2      1 1 1 1 2 2 0 0
 
-An example is never split, and padding is segment 0: no token id stands for it.
+An example is never split, and padding is segment 0: no token id stands for it. Where an
+example is made of several texts, its column `parts` says which of them each token is
+of, from 0, and each is a segment of its own: of two the first example has 1 and 2, the
+second 3 and 4.
 """
 
 import dataclasses
@@ -151,6 +154,7 @@ class Rows:
       examples: The examples.
       config: `packing`, `max_length` and `buckets` are used.
       draw: What each epoch draws anew of an example; None if nothing.
+      num_parts: Texts that an example is made of.
 
     Attributes:
       examples: The examples.
@@ -163,9 +167,17 @@ class Rows:
       UserError: An example fits no bucket.
     """
 
-    def __init__(self, examples: Examples, config: Config, draw: Draw | None = None):
+    def __init__(
+        self,
+        examples: Examples,
+        config: Config,
+        draw: Draw | None = None,
+        num_parts: int = 1,
+    ):
         self.examples = examples
-        self.columns = examples.columns if draw is None else draw.columns
+        columns = examples.columns if draw is None else draw.columns
+        self.columns = tuple(name for name in columns if name != "parts")
+        self._num_parts = num_parts
         self._draw = draw
         self.bins: Bins | None = None
         if config.packing:
@@ -186,18 +198,18 @@ class Rows:
         return len(self.lengths)
 
     @functools.cached_property
-    def _most_segments(self) -> int:
-        """S, the segments that a row has at most."""
+    def _most_examples(self) -> int:
+        """S, the examples that a row has at most."""
         return 1 if self.bins is None else int(np.diff(self.bins.starts).max(initial=1))
 
     @functools.cached_property
     def _no_targets(self) -> np.ndarray | None:
-        """For each of S segments: -100, or NaN for numbers."""
+        """For each of S examples: -100, or NaN for numbers."""
         targets = self.examples.targets
         if targets is None:
             return None
         filler = np.nan if targets.dtype.kind == "f" else IGNORED
-        shape = self._most_segments, *targets.shape[1:]
+        shape = self._most_examples, *targets.shape[1:]
         return np.full(shape, filler, targets.dtype)
 
     @property
@@ -234,26 +246,31 @@ class Rows:
           seed: Of what is drawn of each example.
 
         Returns:
-          What `empty_batch` has. If examples have notes, also int32 [B, S] `examples`,
-          the numbers of those in a row, and -1 where there is none.
+          What `empty_batch` has. If examples have notes or several parts P, also
+          `examples`, int32 [B, S, P], the number of the example that each segment is
+          of, and -1 where there is none.
         """
         batch = empty_batch(batch_size, length, self.columns, self._no_targets)
-        if self.examples.notes is not None:
-            shape = batch_size, self._most_segments
+        if self.examples.notes is not None or self._num_parts > 1:
+            shape = batch_size, self._most_examples, self._num_parts
             batch["examples"] = np.full(shape, -1, np.int32)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0
-            for segment, example in enumerate(members, 1):
+            for place, example in enumerate(members):
                 member = self.example(example, seed)
                 end = start + len(member)
                 for name in self.columns:
                     batch[name][row, start:end] = member.columns[name]
-                batch["positions"][row, start:end] = np.arange(end - start)
-                batch["segment_ids"][row, start:end] = segment
+                parts = member.columns.get("parts", np.zeros(len(member), np.int32))
+                # What is sorted is found where it begins.
+                positions = np.arange(len(parts)) - np.searchsorted(parts, parts)
+                batch["positions"][row, start:end] = positions
+                first = place * self._num_parts + 1
+                batch["segment_ids"][row, start:end] = first + parts
                 if member.target is not None:
-                    batch["labels"][row, segment - 1] = member.target
-                if self.examples.notes is not None:
-                    batch["examples"][row, segment - 1] = example
+                    batch["labels"][row, place] = member.target
+                if "examples" in batch:
+                    batch["examples"][row, place, np.unique(parts)] = example
                 start = end
         return batch

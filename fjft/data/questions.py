@@ -55,6 +55,7 @@ class Encoder:
 
     labels: Labels | None = None
     draw: Draw | None = None
+    num_parts: int = 1
     generates: bool = False
 
     def __init__(self, tokenizer: Any, config: Config):

@@ -48,6 +48,7 @@ class Encoder:
 
     columns: tuple[str, ...] = TEXT_COLUMNS
     draw: Draw | None = None
+    num_parts: int = 1
     generates: bool = False
 
     def __init__(self, tokenizer: Any, config: Config):

@@ -45,6 +45,7 @@ class Encoder:
     columns: tuple[str, ...] = TEXT_COLUMNS
     labels: Labels | None = None
     draw: Draw | None = None
+    num_parts: int = 1
     # What is learned is to be generated, so it should be learned where to stop.
     generates: bool = True
 

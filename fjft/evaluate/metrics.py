@@ -8,12 +8,13 @@ line; `report(sums, names)` is a text for the screen, "" where there is none.
 
 import types
 
-from fjft.evaluate import classification, entities, masked, perplexity, spans
+from fjft.evaluate import classification, entities, masked, perplexity, retrieval, spans
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
     "entities": entities,
     "masked": masked,
     "perplexity": perplexity,
+    "retrieval": retrieval,
     "spans": spans,
 }

@@ -223,6 +223,17 @@ class Encoder(nnx.Module):
         logits_BSC = self.head(x_BSD, words, rng)
         return logits_BSC if num_segments is not None else logits_BSC[:, 0]
 
+    def vectors(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        segment_ids_BT: Int[Array, "B T"],
+        *,
+        pooling: str,
+        num_segments: int,
+    ) -> Float[Array, "B S D"]:
+        """One vector for each segment, from last hidden states; see `pool`."""
+        return pool(x_BTD, segment_ids_BT, pooling, num_segments)
+
 
 def restarting_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Each token's place in its segment: `[1, 1, 2, 2]` becomes `[0, 1, 0, 1]`."""

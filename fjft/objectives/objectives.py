@@ -13,6 +13,7 @@ import types
 
 from fjft.objectives import (
     causal_lm,
+    contrastive,
     masked_lm,
     question_answering,
     sequence_classification,
@@ -21,6 +22,7 @@ from fjft.objectives import (
 
 OBJECTIVES: dict[str, types.ModuleType] = {
     "causal_lm": causal_lm,
+    "contrastive": contrastive,
     "masked_lm": masked_lm,
     "question_answering": question_answering,
     "sequence_classification": sequence_classification,

@@ -108,5 +108,9 @@ def evaluate(model: Any, batch: Batch, config: Config) -> Judged:
     logits_BTC = predict(model, batch)
     sums = _sums(logits_BTC, batch)
     return Judged(
-        sums.loss, sums.weight, logits_BTC, batch["segment_ids"], batch["examples"]
+        sums.loss,
+        sums.weight,
+        logits_BTC,
+        batch["segment_ids"],
+        batch["examples"][..., 0],
     )

@@ -93,7 +93,7 @@ def test_a_held_out_question_keeps_its_windows(read):
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == set(range(6))
     batch = held_out.assemble(np.arange(2), 3, 64)
-    assert batch["examples"].tolist() == [[0], [1], [-1]]
+    assert batch["examples"].tolist() == [[[0]], [[1]], [[-1]]]
     assert batch["labels"].shape == (3, 1, 2)
     assert batch["labels"][2].tolist() == [[-100, -100]]
 
