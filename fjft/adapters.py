@@ -52,16 +52,21 @@ def _with_adapter(model: Any, name: str, directory: str | Path) -> Any:
     copy = tree.merge(*tree.split(model))
     lora.attach(copy, provenance.sites, config, nnx.Rngs(0))
     modules = list(targets.adapters(copy, provenance.sites))
-    if config.modules_to_save or any(
-        targets.is_head(site)
-        or not isinstance(adapter, Adapter)
-        or adapter.magnitude is not None
-        for site, adapter in modules
+    if (
+        config.modules_to_save
+        or config.has_start
+        or config.is_loftq
+        or any(
+            targets.is_head(site)
+            or not isinstance(adapter, Adapter)
+            or adapter.magnitude is not None
+            for site, adapter in modules
+        )
     ):
         raise UserError(
             f"adapter {name!r} changes more than the layers' maps by low-rank parts "
-            "(DoRA, embeddings, an output head, modules trained whole), so it cannot "
-            "stand beside others; load it alone"
+            "(DoRA, a start from the weights, embeddings, an output head, modules "
+            "trained whole), so it cannot stand beside others; load it alone"
         )
     params = tree.split(copy)[1]
     mesh = next(iter(tree.split(model)[1].values())).sharding.mesh

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from fjft import sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint.huggingface import Provenance, match
 from fjft.checkpoint.loading import load_params
-from fjft.checkpoint.quantizing import load_quantized, quantize_model
+from fjft.checkpoint.quantizing import load_quantized, quantize_model, read_whole
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.data.examples import Labels
 from fjft.errors import UserError
@@ -274,7 +275,7 @@ def build_model(
     model = tree.merge(blueprint.graphdef, params)
     model.provenance = provenance
     if method is not None and hasattr(method, "start"):
-        method.start(model, table, peft_config)
+        method.start(model, table, peft_config, functools.partial(read_whole, model))
     if adapter is not None:
         stored = adapter_files.load_adapter_params(
             blueprint.model, provenance, blueprint.params, shardings, adapter

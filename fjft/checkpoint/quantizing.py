@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fjft import tree
-from fjft.checkpoint.huggingface import Provenance, source_of_codes, stored_names
+from fjft.checkpoint.huggingface import source_of_codes, stored_names
 from fjft.checkpoint.loading import load_params
 from fjft.checkpoint.source import ModelFiles
 from fjft.errors import UserError
@@ -151,22 +151,30 @@ def restore_weights(model: Any) -> Any:
     Raises:
       UserError: The source is not there any more.
     """
-    provenance: Provenance = model.provenance
-    files, whole = provenance.files, tree.merge(*tree.split(model))
-    stored = stored_names(files.tensors, provenance.sites)
-    for site in provenance.sites:
+    whole = tree.merge(*tree.split(model))
+    for site in model.provenance.sites:
         linear = module_at(whole, site.module)
         weight = linear.weight if site.path.endswith(".weight") else None
-        if not isinstance(weight, Quantized):
-            continue
-        full = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-        sharding = weight.codes[...].sharding
-        assert isinstance(sharding, NamedSharding)
-        sharding = _of_matrix(sharding, lead=weight.ndim - 2)
-        with source_of_codes(files):
-            loaded = load_params(
-                files, [site], stored, {site.path: full}, {site.path: sharding}
-            )
-        linear.weight = nnx.Param(loaded[site.path], axes=weight.axes)
-    whole.provenance = provenance
+        if isinstance(weight, Quantized):
+            linear.weight = nnx.Param(read_whole(model, site), axes=weight.axes)
+    whole.provenance = model.provenance
     return whole
+
+
+def read_whole(model: Any, site: Site) -> jax.Array:
+    """A weight that lies in codes, in full precision, read again from its source.
+
+    Raises:
+      UserError: The source is not there any more.
+    """
+    files, weight = model.provenance.files, module_at(model, site.path)
+    stored = stored_names(files.tensors, [site])
+    full = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    sharding = weight.codes[...].sharding
+    assert isinstance(sharding, NamedSharding)
+    sharding = _of_matrix(sharding, lead=weight.ndim - 2)
+    with source_of_codes(files):
+        loaded = load_params(
+            files, [site], stored, {site.path: full}, {site.path: sharding}
+        )
+    return loaded[site.path]

@@ -9,8 +9,9 @@ A method is a module with
 
 A method whose parameters start from the base's weights also has
 
-- `start(model, sites, config)`: called once the weights are there, and before an
-  adapter is read from a file; sets its own parameters in place.
+- `start(model, sites, config, read)`: called once the weights are there, and before an
+  adapter is read from a file; sets its own parameters in place. `read(site)` reads a
+  quantized weight in full precision.
 
 One whose parameters do not all learn at one rate has
 

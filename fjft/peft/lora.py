@@ -13,9 +13,11 @@ from flax import nnx
 from fjft import tree
 from fjft.errors import UserError
 from fjft.models.layers import Embedding, Linear, TiedHead
+from fjft.models.quantized import Quantized
 from fjft.models.weights import Site, module_at
-from fjft.peft import existing, saved, targets
+from fjft.peft import existing, saved, starts, targets
 from fjft.peft.lora_adapter import ADAPTER, Adapter
+from fjft.peft.lora_config import LOFTQ_KEY
 from fjft.peft.lora_config import Config as Config
 from fjft.peft.lora_config import from_peft as from_peft
 from fjft.peft.lora_embedding import TableAdapter
@@ -56,8 +58,9 @@ def attach(
             if isinstance(module, TiedHead):
                 _check_plain(modules[0], config.has_start, config)
                 linear = module_at(model, targets.head_table(sites).module)
+            begin = _begin(linear, config)
             most = min(linear.weight.shape[-2:])
-            if config.has_start and max(ranks) > most:
+            if begin != starts.DEFAULT and max(ranks) > most:
                 raise UserError(
                     f"peft.init_lora_weights={config.init_lora_weights!r} takes the "
                     f"rank {max(ranks)} of {modules[0]} from its weight, which has "
@@ -70,10 +73,41 @@ def attach(
                 ranks,
                 scales,
                 dropout=config.lora_dropout,
-                begin=config.init_lora_weights,
+                begin=begin,
                 use_dora=config.use_dora,
             )
         module.adapter = nnx.data(adapter)
+    if config.is_loftq and _loftq(model, sites) is None:
+        raise UserError(
+            f"peft.init_lora_weights={config.init_lora_weights!r} starts from what "
+            "quantization took away, and no targeted map is quantized; set "
+            "model.quantization=nf4, or where an adapter is loaded quantization"
+        )
+
+
+def _begin(linear: Any, config: Config) -> str:
+    """How the adapter of a map starts: by LoftQ only if that lies in codes.
+
+    Raises:
+      UserError: It is for codes of another format.
+    """
+    if not config.is_loftq:
+        return config.init_lora_weights
+    if not isinstance(linear.weight, Quantized):
+        return starts.DEFAULT
+    begin = f"{starts.LOFTQ}_{linear.weight.format}"
+    if config.init_lora_weights not in (starts.LOFTQ, begin):
+        raise UserError(
+            f"peft.init_lora_weights={config.init_lora_weights!r} is not for a base in "
+            f"{linear.weight.format}; set model.quantization to the format in its name"
+        )
+    return begin
+
+
+def _loftq(model: nnx.Module, sites: Sequence[Site]) -> str | None:
+    """By which LoftQ the adapters start, if they do."""
+    begins = (getattr(a, "begin", "") for _, a in targets.adapters(model, sites))
+    return next(filter(starts.is_loftq, begins), None)
 
 
 def _check_plain(module: str, is_other: bool, config: Config) -> None:
@@ -86,9 +120,14 @@ def _check_plain(module: str, is_other: bool, config: Config) -> None:
         )
 
 
-def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
+def start(
+    model: nnx.Module,
+    sites: Sequence[Site],
+    config: Config,
+    read: Callable[[Site], jax.Array],
+) -> None:
     """Sets what depends on the base's weights, where they lie, a layer at a time."""
-    if not (config.has_start or config.use_dora):
+    if not (config.has_start or config.is_loftq or config.use_dora):
         return
     for site, adapter in targets.adapters(model, sites):
         linear = module_at(model, site.module)
@@ -102,25 +141,30 @@ def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
         }
         begin = jax.jit(_start, static_argnums=0, out_shardings=shardings)
         ranks = jnp.array(adapter.ranks, jnp.int32)
-        tree.update(linear, begin(graphdef, params, ranks if site.lead else ranks[0]))
+        ranks = ranks if site.lead else ranks[0]
+        whole = read(site) if starts.is_loftq(adapter.begin) else None
+        tree.update(linear, begin(graphdef, params, ranks, whole))
 
 
 def _start(
-    graphdef: nnx.GraphDef, params: tree.Params, ranks: jax.Array
+    graphdef: nnx.GraphDef,
+    params: tree.Params,
+    ranks: jax.Array,
+    whole: jax.Array | None,
 ) -> tree.Params:
     """The adapter's parameters at the start, of one map or of a stack of them."""
 
-    def start_one(layer: tuple[tree.Params, jax.Array]) -> tree.Params:
-        params, rank = layer
+    def start_one(layer: tuple[tree.Params, jax.Array, Any]) -> tree.Params:
+        params, rank, whole = layer
         linear = tree.merge(graphdef, params)
-        linear.adapter.start(linear, rank)
+        linear.adapter.start(linear, rank, whole)
         started = tree.split(linear)[1]
         return {p: x for p, x in started.items() if p.startswith(ADAPTER[1:])}
 
     if not ranks.ndim:
-        return start_one((params, ranks))
+        return start_one((params, ranks, whole))
     # One after the other, for the workspace of a decomposition is several weights.
-    return jax.lax.map(start_one, (params, ranks))
+    return jax.lax.map(start_one, (params, ranks, whole))
 
 
 def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Config]:
@@ -182,7 +226,9 @@ def peft_config(
         if rank
     ]
     modules = set(saved.modules(config.modules_to_save, sites).values())
+    begin = _loftq(model, sites)
     return {
+        **({LOFTQ_KEY: begin} if begin else {}),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,

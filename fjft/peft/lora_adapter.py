@@ -45,6 +45,8 @@ class Adapter(nnx.Module):
     An adapter that starts with a part of the weight (PiSSA, OLoRA) takes that part
     away from the map again, so the map's own weight stays as it is: a frozen base is
     the checkpoint's to the last bit, and what is learned is `B A - B_start A_start`.
+    One that starts as what quantization took away from the weight (LoftQ) does so only
+    when it is merged, into the weight in full precision.
 
     Attributes:
       a: Float32[..., R, in].
@@ -132,14 +134,19 @@ class Adapter(nnx.Module):
         """What it adds to an output head, as products of vectors of its rank."""
         scale = self.scale[...]
         low = narrow(dropout(x, self.dropout, rng), self.a[...], scale)
-        if self.start_a is None or self.start_b is None:
+        if not self._takes_part or self.start_a is None or self.start_b is None:
             return ((low, self.b[...]),)
         begun = narrow(x, self.start_a[...], -scale)
         return (low, self.b[...]), (begun, self.start_b[...])
 
+    @property
+    def _takes_part(self) -> bool:
+        """Whether the start is a part of the map's own weight."""
+        return not starts.is_loftq(self.begin)
+
     def _less_start(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """The map's output without what A and B added to it at the start."""
-        if self.start_a is None or self.start_b is None:
+        if not self._takes_part or self.start_a is None or self.start_b is None:
             return y
         return y - low_rank(x, self.start_a[...], self.start_b[...], self.scale[...])
 
@@ -167,22 +174,33 @@ class Adapter(nnx.Module):
         norms = jax.lax.stop_gradient(norms)
         return jnp.where(scale == 0, 1.0, self.magnitude[...] / norms)
 
-    def start(self, linear: Linear, rank: Int[Array, ""]) -> None:
+    def start(
+        self,
+        linear: Linear,
+        rank: Int[Array, ""],
+        whole: Float[Array, "out in"] | None = None,
+    ) -> None:
         """Sets what depends on the map's weight, for one layer of its stack.
 
         Args:
           linear: The map, without the leading axis of its stack.
           rank: The layer's rank.
+          whole: The weight before it was quantized, for LoftQ.
         """
         weight, scale = linear.weight[...].astype(jnp.float32), self.scale[...]
         if self.start_a is not None and self.start_b is not None:
             size = self.a.shape[-2]
             used = jnp.arange(size) < rank
-            a, b = starts.factors(self.begin, weight, size, scale)
+            if whole is None:
+                a, b = starts.factors(self.begin, weight, size, scale)
+            else:
+                lost = whole.astype(jnp.float32) - weight
+                a, b = starts.factors("pissa", lost, size, scale)
             a, b = jnp.where(used[:, None], a, 0), jnp.where(used[None], b, 0)
             self.a[...] = self.start_a[...] = a
             self.b[...] = self.start_b[...] = b
-            weight = weight - scale * jnp.dot(b, a, precision="highest")
+            if self._takes_part:
+                weight = weight - scale * jnp.dot(b, a, precision="highest")
         if self.magnitude is not None and self.start_norms is not None:
             self.start_norms[...] = jnp.sum(jnp.square(weight), axis=-1)
             delta = jnp.dot(self.b[...], self.a[...], precision="highest")

@@ -24,7 +24,10 @@ class Config:
       init_lora_weights: How A and B start. `default`: A random and B zero. From the
         weight itself, whose part they then are: `pissa` or, much faster,
         `pissa_niter_4` (Meng et al. 2024), or `olora` (Buyukakyuz 2024). What is
-        saved is a plain LoRA of twice the rank, for the base as it was.
+        saved is a plain LoRA of twice the rank, for the base as it was. From what
+        quantization took away from the weight: `loftq` (Li et al. 2023, with one
+        iteration, so that the base's codes stay); what is saved is for the quantized
+        base, and what is merged leaves the start out.
       loraplus_lr_ratio: The learning rate of B, and of what is trained that has one
         axis, over the optimizer's, which is A's (Hayou et al. 2024); 1 in plain LoRA.
       loraplus_lr_embedding: The learning rate of what adapts a table of tokens; 0 is
@@ -69,7 +72,13 @@ class Config:
     @property
     def has_start(self) -> bool:
         """Whether A and B start as a part of the weight."""
-        return self.init_lora_weights != starts.DEFAULT
+        begin = self.init_lora_weights
+        return begin != starts.DEFAULT and not starts.is_loftq(begin)
+
+    @property
+    def is_loftq(self) -> bool:
+        """Whether they start as what quantization took away from it."""
+        return starts.is_loftq(self.init_lora_weights)
 
     def plain(self) -> "Config":
         """The options of the LoRA of twice the rank that has no start."""
@@ -97,6 +106,9 @@ class Config:
 # Keys of PEFT's LoraConfig that leave what the adapter computes as it is.
 _HARMLESS = ("loftq_config", "megatron_core", "qalora_group_size")
 
+# What an adapter for a quantized base says of itself in its file, such as `loftq_nf4`.
+LOFTQ_KEY = "fjft_start"
+
 # PEFT's ways to start from which A and B do not depend on the weight.
 _FREE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -109,9 +121,10 @@ def from_peft(adapter_config: Mapping[str, Any]) -> Config:
     """
     rest = dict(adapter_config)
     start = rest.pop("init_lora_weights", True)
+    start = rest.pop(LOFTQ_KEY, start)
     if start in _FREE_STARTS:
         start = starts.DEFAULT
-    elif not starts.is_name(str(start)):
+    elif not starts.is_name(str(start)) or start == starts.LOFTQ:
         raise UserError(
             f"the adapter has init_lora_weights={start!r}, which changes the base "
             "too; save it as plain LoRA with PEFT's "

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 DEFAULT = "default"
-NAMES = "default, pissa, pissa_niter_N with a number N, or olora"
+LOFTQ = "loftq"
+NAMES = "default, pissa, pissa_niter_N with a number N, olora, or loftq"
 
 
 def is_name(begin: str) -> bool:
-    """Whether `begin` is the default, or what `factors` knows."""
-    return re.fullmatch(r"default|olora|pissa(_niter_\d+)?", begin) is not None
+    """Whether adapters may start so; `loftq_nf4` says of which base's codes."""
+    names = r"default|olora|pissa(_niter_\d+)?|loftq(_\w+)?"
+    return re.fullmatch(names, begin) is not None
+
+
+def is_loftq(begin: str) -> bool:
+    """Whether adapters start as what the base's quantization took away."""
+    return begin.startswith(LOFTQ)
 
 
 def factors(
@@ -30,7 +37,7 @@ def factors(
     of Q and rows of R of the weight's QR decomposition (Buyukakyuz 2024).
 
     Args:
-      begin: One of `NAMES` but `default`.
+      begin: One of these.
       weight: float32.
       rank: At most the smaller side of the weight.
       scale: What the product of B and A is multiplied by.

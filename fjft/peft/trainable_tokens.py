@@ -118,8 +118,14 @@ def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) ->
     table.adapter = nnx.data(Rows(rngs, table, tuple(config.token_indices)))
 
 
-def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
+def start(
+    model: nnx.Module,
+    sites: Sequence[Site],
+    config: Config,
+    read: Callable[[Site], jax.Array],
+) -> None:
     """The vectors as the table has them."""
+    del read
     table = module_at(model, targets.table_site(sites).module)
     ids, trained = jnp.array(config.token_indices), table.adapter.weight
     begin = jax.jit(
