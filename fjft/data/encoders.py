@@ -8,13 +8,14 @@ decide.
 
 import types
 
-from fjft.data import groups, labelled, masked, questions, tagged, tokenize
+from fjft.data import groups, labelled, masked, preferences, questions, tagged, tokenize
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
     "groups": groups,
     "labelled": labelled,
     "masked": masked,
+    "preferences": preferences,
     "questions": questions,
     "tagged": tagged,
 }

@@ -8,7 +8,15 @@ line; `report(sums, names)` is a text for the screen, "" where there is none.
 
 import types
 
-from fjft.evaluate import classification, entities, masked, perplexity, retrieval, spans
+from fjft.evaluate import (
+    classification,
+    entities,
+    masked,
+    perplexity,
+    retrieval,
+    rewards,
+    spans,
+)
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
@@ -16,5 +24,6 @@ METRICS: dict[str, types.ModuleType] = {
     "masked": masked,
     "perplexity": perplexity,
     "retrieval": retrieval,
+    "rewards": rewards,
     "spans": spans,
 }

@@ -74,22 +74,56 @@ def cross_entropy_sums(
     vectors, matrices = zip(*terms, strict=True)
     B, T = targets_BT.shape
     steps = T // _chunk_length(B, T, chunks.tokens)
-
-    def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], steps, T // steps, *x.shape[2:]).swapaxes(0, 1)
-
     parts = _smallest_divisor(matrices[0].shape[0], at_least=chunks.vocab_parts)
     sums: Any = _sums(
-        tuple(map(cut, vectors)),
+        tuple(_cut(x, steps) for x in vectors),
         matrices,
-        cut(targets_BT),
-        cut(weights_BT),
+        _cut(targets_BT, steps),
+        _cut(weights_BT, steps),
         parts,
         label_smoothing,
         softcap,
     )
     loss, correct = sums
     return Sums(loss, jnp.sum(weights_BT), correct)
+
+
+def token_log_probs(
+    terms: Terms,
+    targets_BT: Int[Array, "B T"],
+    *,
+    chunks: Chunks,
+    softcap: float | None = None,
+) -> Float[Array, "B T"]:
+    """The log-probability of each target, in float32; arguments as above.
+
+    Where each token's own number is needed, its gradient is not known in advance: the
+    backward pass works out each chunk's logits again.
+    """
+    vectors, matrices = zip(*terms, strict=True)
+    B, T = targets_BT.shape
+    steps = T // _chunk_length(B, T, chunks.tokens)
+
+    @jax.checkpoint
+    def chunk(matrices: Any, xs: Any) -> jax.Array:
+        hidden, targets = xs
+        logits = _logits(hidden, matrices, softcap)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
+        return target - jax.nn.logsumexp(logits, axis=-1)
+
+    log_probs = jax.lax.scan(
+        lambda _, xs: (None, chunk(matrices, xs)),
+        None,
+        (tuple(_cut(x, steps) for x in vectors), _cut(targets_BT, steps)),
+    )[1]
+    return log_probs.swapaxes(0, 1).reshape(B, T)
+
+
+def _cut(x: jax.Array, steps: int) -> jax.Array:
+    """[B, T, ...] as [steps, B, T / steps, ...]."""
+    B, T = x.shape[:2]
+    return x.reshape(B, steps, T // steps, *x.shape[2:]).swapaxes(0, 1)
 
 
 def _chunk_length(B: int, T: int, tokens: int) -> int:

@@ -7,6 +7,8 @@ Each module has a `Config`, what it needs from others by the names of their own 
 - `loss(model, batch, config, *, rng, remat) -> Sums`, for the training step;
 - `evaluate(model, batch, config)`, sums from which the metrics follow, with at least
   `loss` and `weight`, or what the metrics' own `Tally` makes such sums of.
+
+Where a module has `REFERENCE`, both take `reference=`, the model without its adapter.
 """
 
 import types
@@ -14,6 +16,7 @@ import types
 from fjft.objectives import (
     causal_lm,
     contrastive,
+    dpo,
     masked_lm,
     question_answering,
     sequence_classification,
@@ -23,6 +26,7 @@ from fjft.objectives import (
 OBJECTIVES: dict[str, types.ModuleType] = {
     "causal_lm": causal_lm,
     "contrastive": contrastive,
+    "dpo": dpo,
     "masked_lm": masked_lm,
     "question_answering": question_answering,
     "sequence_classification": sequence_classification,

@@ -20,6 +20,7 @@ from fjft.checkpoint.source import ModelInfo
 from fjft.data.encoders import ENCODERS
 from fjft.data.pack import empty_batch
 from fjft.errors import UserError
+from fjft.models.bare import without_adapters
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft.rule import StepRule
@@ -118,6 +119,7 @@ def build_program(
     )
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)
+    _check_reference(e, blueprint.model, trainable)
     axes = tree.logical_axes(blueprint.model)
     stack_axes = {path: _stack_axes(axes[path]) for path in trainable}
     rates = None
@@ -175,7 +177,12 @@ def _make_loss(e: Experiment) -> steps.Loss:
 
     def loss(model: Any, batch: steps.Batch, rng: jax.Array | None) -> Any:
         return e.objective_module.loss(
-            model, batch, e.objective, rng=rng, remat=e.model.remat
+            model,
+            batch,
+            e.objective,
+            rng=rng,
+            remat=e.model.remat,
+            **_besides(e, model),
         )
 
     return loss
@@ -185,9 +192,31 @@ def make_judge(e: Experiment) -> steps.Judge:
     """Makes the objective's `(model, batch) -> sums` of an evaluation."""
 
     def judge(model: Any, batch: steps.Batch) -> Any:
-        return e.objective_module.evaluate(model, batch, e.objective)
+        return e.objective_module.evaluate(
+            model, batch, e.objective, **_besides(e, model)
+        )
 
     return judge
+
+
+def _besides(e: Experiment, model: Any) -> dict[str, Any]:
+    """What an objective that compares takes besides."""
+    if not hasattr(e.objective_module, "REFERENCE"):
+        return {}
+    return {"reference": without_adapters(model)}
+
+
+def _check_reference(e: Experiment, model: Any, trainable: tree.Params) -> None:
+    """Refuses to compare with a model that is being trained itself."""
+    if not hasattr(e.objective_module, "REFERENCE"):
+        return
+    trained = sorted(trainable.keys() & tree.split(without_adapters(model))[1].keys())
+    if trained:
+        raise UserError(
+            "the objective compares with the model without its adapter, but this "
+            f"method trains {trained[0]!r}, which is a part of that; use "
+            "peft.method=lora, or another with adapters, and no modules_to_save"
+        )
 
 
 def _stack_axes(axes: tuple[str | None, ...]) -> int:

@@ -1,0 +1,77 @@
+"""DPO from rows to an adapter: the margin grows, whatever cuts the batch."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_experiment import losses, start, take_steps
+
+import fjft
+from fjft.build import override
+from fjft.cli.main import main
+
+
+@pytest.fixture
+def make_config(llama, tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(48):
+        a, b = random.integers(0, 10, 2)
+        asked = [{"role": "user", "content": f"What is {a} and {b}?"}]
+        answers = (f"It is {a + b}.", f"No, it is {a} {b}!")
+        good, bad = ([{"role": "assistant", "content": c}] for c in answers)
+        rows.append({"prompt": asked, "chosen": good, "rejected": bad})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def make(**overrides):
+        config = fjft.load_config("configs/smollm2_dpo.py")
+        defaults = {
+            "model.source": llama,
+            "data.train": str(path),
+            "data.eval": "",
+            "evaluate.eval_steps": 0,
+            "data.eval_size": 16.0,
+            "data.max_length": 160,
+            "mesh.fsdp": 1,
+            "train.batch_size": 8,
+            "train.accumulation_steps": 1,
+            "train.max_steps": 10,
+            "train.log_steps": 1,
+            "optimizer.learning_rate": 1e-2,
+            "checkpoint.directory": str(tmp_path / "run"),
+        }
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        override(config, defaults | named)
+        return config
+
+    return make
+
+
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+    config = make_config(data__packing=True, data__max_length=320)
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_margins_grow_from_nothing(make_config, tmp_path, capsys):
+    result = fjft.train(make_config())
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").open()]
+    first, last = (row for row in log if "eval_loss" in row)
+    assert first["eval_loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert last["eval_rewards/margins"] > 0.1
+    assert last["eval_rewards/accuracies"] > 0.9
+    assert last["eval_num_pairs"] == 16
+    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    assert f"{result.metrics['eval_loss']:.5g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [{"peft__method": "full"}, {"peft__modules_to_save": "lm_head"}]
+)
+def test_the_reference_must_stay_as_it_is(make_config, options):
+    with pytest.raises(fjft.UserError, match=r"without its adapter.*peft\.method=lora"):
+        fjft.train(make_config(**options))
