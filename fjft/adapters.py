@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -40,8 +41,17 @@ def load_adapters(model: Any, directories: Mapping[str, str | Path]) -> Any:
         )
     adapted = {n: _with_adapter(model, n, d) for n, d in directories.items()}
     joined = several.join(model, adapted, provenance.sites)
+    shardings, params = _shardings(joined, model), tree.split(joined)[1]
+    tree.update(joined, jax.device_put(params, shardings))
     joined.provenance = provenance
     return joined
+
+
+def _shardings(adapted: Any, model: Any) -> dict[str, Any]:
+    """How a model's parameters lie on the devices of another."""
+    mesh = next(iter(tree.split(model)[1].values())).sharding.mesh
+    shapes = {path: p.shape for path, p in tree.split(adapted)[1].items()}
+    return sharding.param_shardings(tree.logical_axes(adapted), shapes, mesh)
 
 
 def _with_adapter(model: Any, name: str, directory: str | Path) -> Any:
@@ -69,14 +79,11 @@ def _with_adapter(model: Any, name: str, directory: str | Path) -> Any:
             "trained whole), so it cannot stand beside others; load it alone"
         )
     params = tree.split(copy)[1]
-    mesh = next(iter(tree.split(model)[1].values())).sharding.mesh
-    shapes = {path: p.shape for path, p in params.items()}
-    shardings = sharding.param_shardings(tree.logical_axes(copy), shapes, mesh)
     stored = adapter_files.load_adapter_params(
         copy,
         dataclasses.replace(provenance, method=lora, peft_config=config),
         params,
-        shardings,
+        _shardings(copy, model),
         directory,
     )
     tree.update(copy, stored)

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import fjft
-from fjft import tree
+from fjft import sharding, tree
 from fjft.errors import UserError
 from fjft.peft import combine, lora
 
@@ -127,6 +127,38 @@ def test_each_row_has_an_adapter_of_its_own(both):
         fjft.set_adapters(both.ours, name)
         alone = logits(both.ours, ids[row : row + 1])
         assert tiny.relative_error(found[row : row + 1], alone) < 1e-5, row
+
+
+@pytest.fixture(params=["int8", "mesh"])
+def elsewhere(request):
+    """How a base is loaded that lies in codes, or on several devices."""
+    if request.param == "int8":
+        return {"quantization": "int8"}
+    mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, tensor=2))
+    return {"mesh": mesh}
+
+
+def test_several_stand_on_a_base_in_codes_or_on_a_mesh(both, elsewhere):
+    source, names = str(both.twins.directory), ["two", None, "some", "one"]
+    base = fjft.load_model(source, **elsewhere)
+    several = fjft.load_adapters(base, both.directories)
+    for path, param in tree.split(several)[1].items():
+        assert param.sharding.mesh == base.norm.weight[...].sharding.mesh, path
+    ids = tiny.random_ids(len(names), T)
+    fjft.set_adapters(several, rows=names)
+    by_row = logits(several, ids)
+    for row, name in enumerate(names):
+        adapter = name and both.directories[name]
+        alone = fjft.load_model(source, adapter=adapter, **elsewhere)
+        expected = logits(alone, ids)[row]
+        assert tiny.relative_error(by_row[row], expected) < 1e-5, name
+    # What is merged is the weights in full precision.
+    fjft.set_adapters(several, {"one": 0.3, "some": -2.0})
+    fjft.set_adapters(both.ours, {"one": 0.3, "some": -2.0})
+    merged, expected = (
+        logits(fjft.merge_adapter(m), ids) for m in (several, both.ours)
+    )
+    assert tiny.relative_error(merged, expected) < 1e-5
 
 
 COMBINED = {

@@ -164,7 +164,8 @@ def choose(model: Any, choice: Choice) -> None:
         for name in choice:
             check_name("adapter", name, module.names)
         shares = jnp.array([choice.get(n, 0.0) for n in module.names], jnp.float32)
-        module.shares[...] = jnp.broadcast_to(shares, module.shares.shape)
+        placed = jnp.broadcast_to(shares, module.shares.shape)
+        module.shares[...] = jax.device_put(placed, module.shares[...].sharding)
         module.rows = nnx.data(None)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft_twins
 import pytest
 import tiny
@@ -16,8 +17,11 @@ import fjft
 from fjft import sharding, tree
 from fjft.errors import UserError
 from fjft.models.layers import Linear, Maker
+from fjft.objectives import causal_lm
 from fjft.peft import lora, starts
 from fjft.peft.lora_adapter import Adapter
+from fjft.training import state as states
+from fjft.training import step as steps
 
 CASE = "llama/llama3-rope-biases"
 COMMON: dict[str, Any] = {"r": 3, "lora_alpha": 7}
@@ -150,6 +154,41 @@ def test_what_peft_wrote_with_its_start_loads_here(start, tmp_path):
     expected = tiny.torch_logits(start.theirs, ids)
     error = tiny.relative_error(tiny.jit_apply(ours)(ids), expected)
     assert error < max(start.tolerance, 1e-5)
+
+
+def test_remat_and_accumulation_change_no_step(get_twins):
+    """Of the most that an adapter can be: DoRA's lengths over PiSSA's start."""
+    options = COMMON | SOME | PATTERNS
+    config = lora.Config(**options, init_lora_weights="pissa_niter_4", use_dora=True)
+    model = tiny.build_model(get_twins(CASE).directory, lora, config)
+    graphdef, params = tiny.split_bare(model)
+    trained, frozen = tree.partition(params, peft_twins.is_trainable(model))
+    batch = jax.tree.map(
+        jnp.asarray, tiny.make_batch([[16], [7, 9], [5, 4, 6], [12]], 16)
+    )
+    optimizer, after = optax.sgd(1.0), []
+    for remat, accumulation_steps in (("none", 1), ("full", 2)):
+
+        def loss(model, batch, rng, remat=remat):
+            return causal_lm.loss(
+                model, batch, causal_lm.Config(), rng=rng, remat=remat
+            )
+
+        step = steps.make_train_step(
+            graphdef,
+            loss,
+            optimizer,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=0,
+        )
+        state = states.init_state(trained, optimizer, 0)
+        after.append(jax.jit(step)(state, frozen, batch)[0].params)
+    plain, thrifty = after
+    gradients = {path: trained[path] - value for path, value in plain.items()}
+    largest = max(float(jnp.abs(grad).max()) for grad in gradients.values())
+    assert largest > 0.01
+    for path, value in plain.items():
+        assert tiny.max_error(thrifty[path], value) < 1e-5 * largest, path
 
 
 @pytest.mark.parametrize("start", ["dora-olora-patterns"], indirect=True)
