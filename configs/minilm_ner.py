@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train = {
         "batch_size": 16,
         "accumulation_steps": 1,
-        "num_epochs": 10.0,
+        "num_epochs": 5.0,
         "seed": 0,
         "log_steps": 20,
     }

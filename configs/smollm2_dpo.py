@@ -5,7 +5,12 @@ r"""SmolLM2-135M-Instruct learns which of two answers people prefer, by DPO with
 A chip with 16 GB. The data are the hub's trl-lib/ultrafeedback_binarized (MIT), judged
 on its test split by how often the chosen answer has the higher reward. The reference is
 the model without its adapter, so it costs a forward pass and no memory. `:smoke` learns
-from the file beside this one.
+from a file beside this one.
+
+ORPO does without a reference, and so also without an adapter:
+
+    fjft train --config=configs/smollm2_dpo.py --config.objective.name=orpo \
+        --config.peft.method=full --config.optimizer.learning_rate=8e-6
 
 No run of the whole recipe has been measured yet.
 """

@@ -193,6 +193,12 @@ class Experiment:
         """What whole examples are labelled with; None where they are not."""
         return self.encoder_module.find_labels(self.data)
 
+    def count_labels(self, labels: Labels | None = None) -> int | None:
+        """How many outputs the head has; None where that is not the data's to say."""
+        if labels is not None:
+            return len(labels.names)
+        return getattr(self.objective_module, "NUM_LABELS", None)
+
     def load_examples(self, tokenizer: Any) -> tuple[Rows, Rows, Report]:
         """Reads the data; see `data.dataset.load_examples`."""
         encoder = self.encoder_module.Encoder

@@ -183,7 +183,7 @@ def load(weights: Weights, mesh: Any) -> Any:
     head: dict[str, Any] = {}
     if weights.experiment is not None:
         head["head"] = weights.experiment.objective_module.HEAD
-        head["num_labels"] = labels and len(labels.names)
+        head["num_labels"] = weights.experiment.count_labels(labels)
     if weights.step is not None:
         model = _load_checkpoint(weights, mesh, head)
     else:

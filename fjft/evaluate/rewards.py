@@ -12,7 +12,7 @@ def summarize(sums: Any) -> dict[str, float]:
     """Metrics of an evaluation, under trl's names.
 
     Args:
-      sums: `objectives.dpo.Preferred` over all of it.
+      sums: `objectives.preferred.Preferred` over all of it.
 
     Returns:
       `loss`; `rewards/accuracies`, the share of pairs whose chosen answer has the

@@ -1,7 +1,7 @@
 """Answers that are preferred to others, against the model as it was before training."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from fjft.errors import UserError
 from fjft.objectives.cross_entropy import Chunks
 from fjft.objectives.log_probs import segment_log_probs
+from fjft.objectives.preferred import Preferred, sum_pairs
 
 EXAMPLES = "preferences"
 HEAD = None  # the checkpoint's own
@@ -59,25 +60,6 @@ class Config:
             )
 
 
-class Preferred(NamedTuple):
-    """Sums over pairs.
-
-    Attributes:
-      loss: Of the losses.
-      weight: How many.
-      correct: How many whose chosen answer has the higher reward.
-      chosen: Of the rewards of chosen answers: beta times how much more probable they
-        are, as a logarithm, than to the reference.
-      rejected: The same of rejected answers.
-    """
-
-    loss: Float[Array, ""]
-    weight: Float[Array, ""]
-    correct: Float[Array, ""]
-    chosen: Float[Array, ""]
-    rejected: Float[Array, ""]
-
-
 def loss(
     model: Any,
     batch: Batch,
@@ -88,6 +70,9 @@ def loss(
     remat: str = "none",
 ) -> Preferred:
     """Sums of the loss over all pairs of a batch.
+
+    A reward is beta times how much more probable an answer is, as a logarithm, than to
+    the reference.
 
     Args:
       model: A `Decoder`.
@@ -101,25 +86,16 @@ def loss(
     is_pair_BS = batch["examples"][..., 0] >= 0
     B, S = is_pair_BS.shape
     given = batch, 2 * S, Chunks(config.chunk_tokens)
-    ours, counts = segment_log_probs(model, *given, rng=rng, remat=remat)
-    theirs, _ = segment_log_probs(reference, *given)
-    ratios_BS2 = (ours - jax.lax.stop_gradient(theirs)).reshape(B, S, 2)
-    chosen_BS, rejected_BS = ratios_BS2[..., 0], ratios_BS2[..., 1]
+    ours = segment_log_probs(model, *given, rng=rng, remat=remat)
+    theirs = segment_log_probs(reference, *given).learned
+    ratios_BS2 = (ours.learned - jax.lax.stop_gradient(theirs)).reshape(B, S, 2)
+    compared_BS2 = ratios_BS2
     if config.loss_type == "ipo":
-        ratios_BS2 /= jnp.maximum(counts.reshape(B, S, 2), 1).astype(jnp.float32)
-    margins_BS = ratios_BS2[..., 0] - ratios_BS2[..., 1]
+        counts_BS2 = jnp.maximum(ours.num_learned, 1).reshape(B, S, 2)
+        compared_BS2 = ratios_BS2 / counts_BS2.astype(jnp.float32)
+    margins_BS = compared_BS2[..., 0] - compared_BS2[..., 1]
     losses_BS = _losses(margins_BS, config, is_training=rng is not None)
-
-    def total(x_BS: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(is_pair_BS, x_BS, 0), dtype=jnp.float32)
-
-    return Preferred(
-        total(losses_BS),
-        total(jnp.ones_like(losses_BS)),
-        total((chosen_BS > rejected_BS).astype(jnp.float32)),
-        total(config.beta * chosen_BS),
-        total(config.beta * rejected_BS),
-    )
+    return sum_pairs(is_pair_BS, losses_BS, config.beta * ratios_BS2)
 
 
 def _losses(

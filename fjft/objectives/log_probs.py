@@ -1,15 +1,31 @@
 """How probable a model finds whole texts, without ever holding all logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from fjft.objectives.causal_lm import next_tokens
 from fjft.objectives.cross_entropy import Chunks, token_log_probs
 
 Batch = dict[str, jax.Array]
+
+
+class SegmentLogProbs(NamedTuple):
+    """Log-probabilities of segments.
+
+    Attributes:
+      learned: Sum over the tokens that are learned.
+      num_learned: How many.
+      whole: Sum over all tokens but the first.
+      num_whole: How many.
+    """
+
+    learned: Float[Array, "B S"]
+    num_learned: Int[Array, "B S"]
+    whole: Float[Array, "B S"]
+    num_whole: Int[Array, "B S"]
 
 
 def segment_log_probs(
@@ -20,12 +36,13 @@ def segment_log_probs(
     *,
     rng: Key[Array, ""] | None = None,
     remat: str = "none",
-) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """Sums of the log-probabilities of learned tokens, by segment, and their numbers.
+) -> SegmentLogProbs:
+    """Log-probabilities of each segment's tokens.
 
     Args:
       model: A `Decoder`.
-      batch: `input_ids`, `positions`, `segment_ids`, `labels`, each Int32[B, T].
+      batch: `input_ids`, `positions`, `segment_ids`, `labels`, each Int32[B, T]; of the
+        labels only which are -100 counts.
       num_segments: S, the segments that a row has at most.
       chunks: Sizes of the pieces.
       rng: Turns on what is random in training.
@@ -36,7 +53,7 @@ def segment_log_probs(
     x_BTD, _ = model.backbone(
         x_BTD, batch["positions"], segment_ids, rng=rng, remat=remat
     )
-    targets_BT, trained_BT = next_tokens(batch["labels"], segment_ids)
+    targets_BT, follows_BT = next_tokens(batch["input_ids"], segment_ids)
     log_probs_BT = token_log_probs(
         model.logit_terms(x_BTD, rng),
         targets_BT,
@@ -45,6 +62,11 @@ def segment_log_probs(
     )
     numbers = jnp.arange(1, num_segments + 1, dtype=segment_ids.dtype)
     is_in_BST = segment_ids[:, None] == numbers[None, :, None]
-    is_in_BST &= trained_BT[:, None]
-    sums_BS = jnp.sum(jnp.where(is_in_BST, log_probs_BT[:, None], 0), axis=-1)
-    return sums_BS, jnp.sum(is_in_BST, axis=-1, dtype=jnp.int32)
+
+    def add_up(which_BT: Bool[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
+        which_BST = is_in_BST & which_BT[:, None]
+        sums_BS = jnp.sum(jnp.where(which_BST, log_probs_BT[:, None], 0), axis=-1)
+        return sums_BS, jnp.sum(which_BST, axis=-1, dtype=jnp.int32)
+
+    _, learned_BT = next_tokens(batch["labels"], segment_ids)
+    return SegmentLogProbs(*add_up(learned_BT), *add_up(follows_BT))

@@ -8,6 +8,7 @@ Each module has a `Config`, what it needs from others by the names of their own 
 - `evaluate(model, batch, config)`, sums from which the metrics follow, with at least
   `loss` and `weight`, or what the metrics' own `Tally` makes such sums of.
 
+`NUM_LABELS`, where a module has it, is how many outputs its head has whatever the data.
 Where a module has `REFERENCE`, both take `reference=`, the model without its adapter.
 """
 
@@ -18,7 +19,9 @@ from fjft.objectives import (
     contrastive,
     dpo,
     masked_lm,
+    orpo,
     question_answering,
+    reward,
     sequence_classification,
     token_classification,
 )
@@ -28,7 +31,9 @@ OBJECTIVES: dict[str, types.ModuleType] = {
     "contrastive": contrastive,
     "dpo": dpo,
     "masked_lm": masked_lm,
+    "orpo": orpo,
     "question_answering": question_answering,
+    "reward": reward,
     "sequence_classification": sequence_classification,
     "token_classification": token_classification,
 }

@@ -13,6 +13,7 @@ from fjft.objectives.sequence_classification import predict
 
 EXAMPLES = "questions"
 HEAD = "question_answering"
+NUM_LABELS = 2
 METRICS = "spans"
 
 Batch = dict[str, jax.Array]

@@ -62,7 +62,11 @@ class Config:
 
 
 def predict(
-    model: Any, batch: Batch, rng: Key[Array, ""] | None = None, remat: str = "none"
+    model: Any,
+    batch: Batch,
+    rng: Key[Array, ""] | None = None,
+    remat: str = "none",
+    num_segments: int | None = None,
 ) -> Float[Array, "B S C"]:
     """The logits of each segment, or of each token, float32.
 
@@ -72,6 +76,7 @@ def predict(
         `token_type_ids`, each Int32[B, T]; `labels`, [B, S] or [B, S, C].
       rng: Turns on what is random in training.
       remat: What the backward pass recomputes.
+      num_segments: S; None is as many as there are labels.
     """
     body, head = (None, None) if rng is None else jax.random.split(rng)
     hidden_BTD = model.encode(
@@ -85,7 +90,7 @@ def predict(
     logits_BSC = model.predict(
         hidden_BTD,
         batch["segment_ids"],
-        num_segments=batch["labels"].shape[1],
+        num_segments=num_segments or batch["labels"].shape[1],
         rng=head,
     )
     return logits_BSC.astype(jnp.float32)

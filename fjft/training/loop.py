@@ -81,7 +81,8 @@ def train(config: ml_collections.ConfigDict) -> Result:
 
     files = experiment.model.open()
     # What cannot be trained is said before the data is read.
-    read_architecture(choose_head(files, experiment.objective_module.HEAD))
+    head, num_labels = experiment.objective_module.HEAD, experiment.count_labels()
+    read_architecture(choose_head(files, head, num_labels))
     check_fits(experiment, mesh, files)
     tokenizer = files.load_tokenizer()
     rows, held_out, report = experiment.load_examples(tokenizer)

@@ -110,7 +110,7 @@ def build_program(
     e = experiment
     sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
     blueprint = draw_model(
-        choose_head(files, e.objective_module.HEAD, num_labels),
+        choose_head(files, e.objective_module.HEAD, num_labels or e.count_labels()),
         method=e.method,
         peft_config=e.peft,
         dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,

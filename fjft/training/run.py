@@ -111,7 +111,7 @@ def build_run(
         raise UserError("train.max_steps and train.num_epochs ask for no step at all")
 
     labels, head = train.examples.labels, e.objective_module.HEAD
-    num_labels = None if labels is None else len(labels.names)
+    num_labels = e.count_labels(labels)
     if labels is not None:
         files = name_labels(files, labels)
     program = build_program(e, mesh, files, total_steps, num_labels)

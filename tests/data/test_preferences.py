@@ -8,6 +8,7 @@ import pytest
 from fjft.data import preferences, tokenize
 from fjft.data.config import Config
 from fjft.data.dataset import load_examples
+from fjft.data.examples import Example
 from fjft.data.templates import read_sample
 
 TEMPLATE = (
@@ -51,6 +52,7 @@ def test_both_texts_are_encoded_as_alone(read, tokenizer, row):
         answer = row[name] if "prompt" in row else row[name][-1:]
         sample = read_sample({"prompt": prompt, "completion": answer})[1]
         [alone] = tokenize.Encoder(tokenizer, Config()).encode([sample])
+        assert isinstance(alone, Example)
         here = example.columns["parts"] == part
         for column, values in alone.columns.items():
             assert example.columns[column][here].tolist() == values.tolist()

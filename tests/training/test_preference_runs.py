@@ -56,6 +56,14 @@ def test_cuts_and_meshes_do_not_change_the_losses(make_config):
     np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
 
 
+def test_orpo_needs_no_adapter(make_config):
+    """Its likelihood is a microbatch's mean, so only the mesh may differ."""
+    config = make_config(objective__name="orpo", peft__method="full")
+    _, plain = take_steps(start(config), 3)
+    _, sharded = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(sharded), losses(plain), rtol=1e-4)
+
+
 def test_margins_grow_from_nothing(make_config, tmp_path, capsys):
     result = fjft.train(make_config())
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").open()]

@@ -1,0 +1,74 @@
+"""Reward models from rows to a directory that transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_experiment import losses, start, take_steps
+
+import fjft
+from fjft.build import build_experiment, override
+
+
+@pytest.fixture
+def make_config(bert, tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(64):
+        words = random.integers(0, 40, (2, 6))
+        texts = (" ".join(f"w{w}" for w in text) for text in words)
+        chosen, rejected = texts
+        rows.append({"chosen": f"{chosen} w48", "rejected": f"{rejected} w49"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def make(**overrides):
+        config = fjft.load_config("configs/minilm_reward.py")
+        defaults = {
+            "model.source": bert,
+            "data.train": str(path),
+            "data.eval": "",
+            "data.eval_size": 16.0,
+            "data.max_length": 32,
+            "mesh.fsdp": 1,
+            "train.batch_size": 8,
+            "train.max_steps": 20,
+            "optimizer.learning_rate": 1e-2,
+            "checkpoint.directory": str(tmp_path / "run"),
+        }
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        override(config, defaults | named)
+        return config
+
+    return make
+
+
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+    config = make_config(data__packing=True)
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path):
+    config = make_config()
+    metrics = fjft.train(config).metrics
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run/model"
+    ).eval()
+    assert model.config.num_labels == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    rewards = np.zeros((16, 2))
+    for i in range(16):
+        columns = held_out.example(i).columns
+        for part in (0, 1):
+            ids = torch.tensor(columns["input_ids"][columns["parts"] == part])
+            with torch.no_grad():
+                rewards[i, part] = model(ids[None].long()).logits.item()
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean(), rel=1e-4)
+    assert metrics["eval_rewards/accuracies"] == np.mean(margins > 0) > 0.9
