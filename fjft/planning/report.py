@@ -20,7 +20,9 @@ METHODS = {
     "memory": "operands and results of every instruction of the compiled step",
     "collectives": "what each collective of the compiled step brings to a device",
     "step": "roofline: the longest of FLOPs, memory and interconnect, each at its "
-    "published peak and all at once; no step is faster, most take longer",
+    "published peak and all at once; no step is faster, most take longer; copies from "
+    "and to the host's memory are not in it",
+    "price": "the table's on-demand price of the date that it gives, or the one given",
     "time": "steps times the roofline's step; no evaluation, saving or compiling",
 }
 
@@ -39,6 +41,7 @@ class Report:
       peak_bytes: Most memory in use at a time.
       limit_bytes: What the compiler grants; None is not known.
       parts: What the peak is made of.
+      host_bytes: What lies in the host's memory between uses in a step.
       buffers: The largest temporary buffers, which lie in memory one after another.
       model_flops: Of one step over all devices, nothing recomputed.
       hardware_flops: The same with what is recomputed.
@@ -62,6 +65,7 @@ class Report:
     peak_bytes: int
     limit_bytes: int | None
     parts: dict[str, int]
+    host_bytes: int
     buffers: list[Buffer]
     model_flops: float
     hardware_flops: float
@@ -150,6 +154,8 @@ class Report:
             ("  largest buffer", f"{gib(b.nbytes)} {b.shape}: {b.made_by}")
             for b in self.buffers
         ]
+        if self.host_bytes:
+            rows.append(("on the host", f"{gib(self.host_bytes)} for each device"))
         ratio = self.hardware_flops / self.model_flops
         rows.append(
             (
@@ -188,6 +194,9 @@ class Report:
                 f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}, at best",
             ),
         ]
+        if self.host_bytes:
+            moved = gib(2 * self.host_bytes)
+            rows.append(("not in it", f"{moved} a step from and to the host's memory"))
         if self.total_seconds is not None:
             price = self.total_price
             paid = "" if price is None else f", {price:,.2f} dollars"
@@ -230,6 +239,7 @@ def make_report(
         peak_bytes=compiled.fit.peak_bytes,
         limit_bytes=target.memory_bytes,
         parts=compiled.fit.parts,
+        host_bytes=compiled.fit.host_bytes,
         buffers=compiled.buffers,
         model_flops=per_token * tokens,
         hardware_flops=compiled.flops,

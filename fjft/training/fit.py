@@ -32,12 +32,14 @@ class Fit:
       limit_bytes: What there is; None is not known.
       parts: What the peak is made of, in bytes; `temporaries` are what is left of it:
         activations, gradients and all that the compiler keeps.
+      host_bytes: What lies in the host's memory for it; it comes and goes in each step.
     """
 
     fits: bool
     peak_bytes: int
     limit_bytes: int | None
     parts: dict[str, int]
+    host_bytes: int = 0
 
     def explain(self) -> str:
         """The parts in words, the largest first."""
@@ -73,7 +75,7 @@ def compile_step(
         "optimizer": device_bytes(program.state_shapes) - trained,
         "batch": device_bytes(batch),
     }
-    static, compiled, fits = sum(parts.values()), None, False
+    static, compiled, fits, on_host = sum(parts.values()), None, False, 0
     try:
         with _fast_compiler():
             options = {"xla_dump_to": dump} if dump else None
@@ -85,10 +87,14 @@ def compile_step(
         # It may not say by how much, only that there is too little.
         peak = max(static + needed, (limit_bytes or 0) + 1)
     else:
-        peak = compiled.memory_analysis().peak_memory_in_bytes
+        memory = compiled.memory_analysis()
+        # The peak counts arguments that lie on the host, unlike what else lies there.
+        on_host = memory.host_argument_size_in_bytes
+        peak = memory.peak_memory_in_bytes - on_host
+        on_host += memory.host_temp_size_in_bytes
         fits = limit_bytes is None or peak <= limit_bytes
     parts["temporaries"] = max(peak - static, 0)
-    return traced, compiled, Fit(fits, peak, limit_bytes, parts)
+    return traced, compiled, Fit(fits, peak, limit_bytes, parts, on_host)
 
 
 def check_fits(experiment: Experiment, mesh: Mesh, files: ModelInfo) -> None:

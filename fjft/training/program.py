@@ -151,6 +151,7 @@ def build_program(
         accumulation_steps=e.train.accumulation_steps,
         max_grad_norm=e.optimizer.max_grad_norm,
         rule=rule,
+        stacks_on_host=stack_axes if e.optimizer.offload else None,
     )
     return Program(
         blueprint=blueprint,

@@ -1,6 +1,6 @@
 """The optimizer step: a pure function of pytrees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fjft import tree
-from fjft.optimize.optimizer import apply_updates, clip_by_global_norm
+from fjft.optimize.optimizer import clip_by_global_norm
+from fjft.optimize.updating import update_each
 from fjft.peft.rule import StepRule
 from fjft.sharding import constrain
 from fjft.training.state import TrainState
@@ -31,7 +32,8 @@ class StepMetrics(NamedTuple):
       correct_sum: The part of it that was predicted right.
       num_tokens: Tokens that are not padding.
       grad_norm: Global norm of the mean loss's gradient, before clipping.
-      is_finite: Whether loss, gradient and update were; if not, nothing was updated.
+      is_finite: Whether loss, gradient and update were. Without a finite loss or
+        gradient nothing was updated, and never a parameter by what is not finite.
     """
 
     loss_sum: jax.Array
@@ -50,6 +52,7 @@ def make_train_step(
     accumulation_steps: int,
     max_grad_norm: float,
     rule: StepRule | None = None,
+    stacks_on_host: Mapping[str, int] | None = None,
 ) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, StepMetrics]]:
     """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
@@ -64,6 +67,7 @@ def make_train_step(
       accumulation_steps: Microbatches a batch.
       max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them.
       rule: What the method adds; most add nothing.
+      stacks_on_host: See `update_each`.
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, rng: _with_sums(
@@ -89,25 +93,20 @@ def make_train_step(
             penalty = jax.grad(rule.penalty)(state.params)
             grads = jax.tree.map(jnp.add, grads, penalty)
         grads, grad_norm = clip_by_global_norm(grads, max_grad_norm)
-        # Moments may lie in the host's memory; where they do not, this does nothing.
-        moments = jax.device_put(state.opt_state, jax.memory.Space.Device)
-        updates, opt_state = optimizer.update(grads, moments, state.params)
-        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        is_good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         # A learning rate that is far too large shows in the update, a step before it
         # shows in the loss.
-        for update in jax.tree.leaves(updates):
-            is_finite &= jnp.all(jnp.isfinite(update))
-        params, rule_state = apply_updates(state.params, updates), state.rule
-        if rule is not None:
-            rule_state, params = rule.after_update(
-                rule_state, params, grads, state.step
-            )
-        # A step that went wrong leaves no trace in what will be saved.
-        params, opt_state, rule_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state, rule_state),
-            (state.params, moments, state.rule),
+        params, opt_state, is_finite = update_each(
+            optimizer, grads, state.opt_state, state.params, is_good, stacks_on_host=stacks_on_host
         )
+        rule_state = state.rule
+        if rule is not None:
+            changed = rule.after_update(rule_state, params, grads, state.step)
+            rule_state, params = jax.tree.map(
+                lambda new, old: jnp.where(is_good, new, old),
+                changed,
+                (rule_state, params),
+            )
         metrics = StepMetrics(
             loss_sum=sums.loss,
             weight_sum=sums.weight,

@@ -95,6 +95,17 @@ def test_a_plan_for_a_chip(llama):
     assert found.plan() is report
 
 
+def test_what_lies_on_the_host_takes_no_room_of_the_chip(llama):
+    pytest.importorskip("libtpu")
+    found = planner.Planner(config(llama, mesh__fsdp=1, peft__method="full"), "v5e-1")
+    there, report = found.plan(), found.plan({"optimizer.offload": True})
+    moments = there.parts["optimizer"] - report.parts["optimizer"]
+    assert report.host_bytes == moments > 0
+    assert there.host_bytes == 0
+    assert report.peak_bytes < there.peak_bytes - moments / 2
+    assert any("not in it" in line for line in report.describe())
+
+
 def test_a_plan_for_eight_chips_and_what_is_refused(llama):
     pytest.importorskip("libtpu")
     found = planner.Planner(config(llama), "v5e-8")
