@@ -124,8 +124,10 @@ def combine_adapters(model: Any, weights: Mapping[str, float], **options: Any) -
       **options: Of `peft.combine.Config`: `combination_type`, `density`, ...
 
     Raises:
-      UserError: The model has no such adapter, or an option is wrong.
+      UserError: The model has no such adapter, none is named, or an option is wrong.
     """
+    if not weights:
+        raise UserError("combine_adapters was given no adapters; name at least one")
     config = make_section(combine.Config, "combine_adapters", options)
     rng = np.random.default_rng(config.seed)
     next(several.several_of(model))

@@ -239,6 +239,8 @@ def test_mistakes_are_named(both, tmp_path):
         fjft.set_adapters(both.ours, "one", rows=["one"])
     with pytest.raises(UserError, match="use cat or svd"):
         fjft.combine_adapters(both.ours, {"one": 1.0, "wide": 1.0})
+    with pytest.raises(UserError, match="at least one"):
+        fjft.combine_adapters(both.ours, {})
     with pytest.raises(UserError, match="combination_type"):
         fjft.combine_adapters(both.ours, {"one": 1.0}, combination_type="mean")
     with pytest.raises(UserError, match="carries no adapter"):

@@ -17,7 +17,7 @@ STARTED = time.perf_counter()
 
 COMMANDS = {
     "train": "fine-tune a model as a config says",
-    "evaluate": "loss, perplexity and token accuracy on held-out data",
+    "evaluate": "the objective's loss and metrics on held-out data",
     "generate": "let a model answer prompts",
     "export": "write a run's adapter, or a whole Hugging Face model",
     "plan": "tell whether a config fits its hardware, and how fast it is at best",

@@ -48,6 +48,7 @@ def update_each(
         param, old = held
         if stacks_on_host is not None:
             old = jax.device_put(old, jax.memory.Space.Device)
+        updates: Any
         updates, new = optimizer.update({path: grad}, old, {path: param})
         can_update = is_good & jnp.all(jnp.isfinite(updates[path]))
         changed = apply_updates({path: param}, updates)[path], new
@@ -68,7 +69,8 @@ def update_each(
             changed[path], can_update = update(path, grads[path], held)
         is_finite &= can_update
     new_params = {path: param for path, (param, _) in changed.items()}
-    return new_params, _joined([part for _, part in changed.values()], params), is_finite
+    new_state = _joined([part for _, part in changed.values()], params)
+    return new_params, new_state, is_finite
 
 
 def _by_layer(

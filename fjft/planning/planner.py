@@ -48,6 +48,7 @@ class Planner:
     """Plans variations of one config on one target, each of them once.
 
     Attributes:
+      config: The config that is varied.
       target: The hardware.
       limit_bytes: Of one device; None is not known.
     """
@@ -59,7 +60,7 @@ class Planner:
         num_rows: int | None = None,
         price_per_hour: float | None = None,
     ):
-        self._config = config
+        self.config = config
         self._num_rows = num_rows
         found = find_target(target)
         if price_per_hour is not None:
@@ -68,11 +69,6 @@ class Planner:
         experiment = build_experiment(config)
         self._files = experiment.model.open_info()
         self._known: dict[tuple, Report] = {}
-
-    @property
-    def config(self) -> ml_collections.ConfigDict:
-        """The config that is varied."""
-        return self._config
 
     def plan(self, changes: Mapping[str, Any] | None = None) -> Report:
         """Plans the config with some options changed.
@@ -86,7 +82,7 @@ class Planner:
         changes = dict(changes or {})
         key = tuple(sorted(changes.items()))
         if key not in self._known:
-            config = copy.deepcopy(self._config)
+            config = copy.deepcopy(self.config)
             override(config, changes)
             e = build_experiment(config)
             steps = e.train.max_steps or None
@@ -114,7 +110,7 @@ class Planner:
                 "largest batch"
             )
         changes = dict(changes or {})
-        config = copy.deepcopy(self._config)
+        config = copy.deepcopy(self.config)
         override(config, changes)
         e = build_experiment(config)
         mesh = sharding.make_mesh(e.mesh, self.target.devices)

@@ -22,7 +22,7 @@ METHODS = {
     "step": "roofline: the longest of FLOPs, memory and interconnect, each at its "
     "published peak and all at once; no step is faster, most take longer; copies from "
     "and to the host's memory are not in it",
-    "price": "the table's on-demand price of the date that it gives, or the one given",
+    "price": "the price given, or about what it cost on demand in 2025: check it",
     "time": "steps times the roofline's step; no evaluation, saving or compiling",
 }
 

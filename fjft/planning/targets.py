@@ -40,9 +40,9 @@ class Chip:
 
 # Bandwidths: https://cloud.google.com/tpu/docs, the page of each version ("key chip
 # specifications"); what is given there for both directions is halved. Memory: what
-# libtpu 0.0.42 grants when it compiles. Prices: list prices on demand in the cheapest
-# region of the United States, 2025, https://cloud.google.com/tpu/pricing; they change,
-# so every report takes another one.
+# libtpu 0.0.42 grants when it compiles. Prices: about what a chip cost on demand in the
+# United States in 2025, from memory and not checked against
+# https://cloud.google.com/tpu/pricing; give the one you pay with `--price`.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         kind="TPU v4",

@@ -97,7 +97,12 @@ def make_train_step(
         # A learning rate that is far too large shows in the update, a step before it
         # shows in the loss.
         params, opt_state, is_finite = update_each(
-            optimizer, grads, state.opt_state, state.params, is_good, stacks_on_host=stacks_on_host
+            optimizer,
+            grads,
+            state.opt_state,
+            state.params,
+            is_good,
+            stacks_on_host=stacks_on_host,
         )
         rule_state = state.rule
         if rule is not None:
