@@ -33,6 +33,7 @@ def make_report(**changes: Any) -> Report:
         peak_bytes=3 * GIB,
         limit_bytes=10 * GIB,
         parts={"frozen weights": 2 * GIB, "temporaries": GIB},
+        host_bytes=0,
         buffers=[],
         model_flops=1e12,
         hardware_flops=2e12,
