@@ -21,6 +21,7 @@ import ml_collections
 
 # What `:smoke` changes: two short steps on one device.
 SMOKE = {
+    "model": {"remat": "none"},
     "data": {
         "train": str(Path(__file__).parent / "preferences.jsonl"),
         "eval": "",

@@ -65,6 +65,7 @@ def test_loss_and_gradients_equal_trls(tmp_path):
     )
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
     theirs = trainer.compute_loss(twin.eval(), inputs)
+    assert isinstance(theirs, torch.Tensor)
     theirs.backward()
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
     logged = trainer._metrics["eval"]
