@@ -1,6 +1,7 @@
 """Names in a config become objects, or an error says which name and what instead."""
 
 import dataclasses
+import typing
 
 import jax.numpy as jnp
 import ml_collections
@@ -9,7 +10,7 @@ import pytest
 import tiny
 
 import fjft
-from fjft import build, tree
+from fjft import build, options, tree
 from fjft.errors import UserError
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.peft.methods import METHODS
@@ -103,6 +104,17 @@ def test_options_are_overridden_by_dotted_key(tmp_path):
         fjft.load_config(str(file), {"train.max_step": 5})
     with pytest.raises(UserError, match=r"train.batch_size='8'"):
         fjft.load_config(str(file), {"train.batch_size": "8"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_a_method_is_of_a_type_that_flags_know(name):
+    config = METHODS[name].Config
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        given = field.default
+        if given is dataclasses.MISSING:
+            given = field.default_factory()
+        assert options.fits(given, hints[field.name]), field.name
 
 
 def test_a_config_file_that_is_none_is_refused(tmp_path):

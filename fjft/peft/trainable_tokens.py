@@ -33,7 +33,7 @@ class Config:
       token_indices: The ids of the tokens whose vectors are trained.
     """
 
-    token_indices: Sequence[int] = ()
+    token_indices: tuple[int, ...] = ()
 
     def __post_init__(self):
         ids = self.token_indices
