@@ -203,18 +203,6 @@ CASES: dict[str, dict[str, Case]] = {
             ),
             merges=False,
         ),
-        "word-embeddings": _lora(
-            CLASSIFIER,
-            {
-                "target_modules": ["word_embeddings", "query"],
-                "modules_to_save": ["classifier"],
-                "task_type": "SEQ_CLS",
-            },
-            {
-                "target_modules": "word_embeddings|query",
-                "modules_to_save": "classifier",
-            },
-        ),
         "olora": dataclasses.replace(
             _lora(
                 UNTIED,
@@ -232,12 +220,12 @@ CASES: dict[str, dict[str, Case]] = {
         "classifier": _lora(
             CLASSIFIER,
             {
-                "target_modules": r".*encoder.*(query|dense)",
+                "target_modules": r".*(encoder.*(query|dense)|word_embeddings)",
                 "modules_to_save": ["classifier"],
                 "task_type": "SEQ_CLS",
             },
             {
-                "target_modules": r".*encoder.*(query|dense)",
+                "target_modules": r".*(encoder.*(query|dense)|word_embeddings)",
                 "modules_to_save": "classifier",
             },
         ),
