@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from fjft.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis of a tensor -> mesh axes. Everything that is sharded is sharded by
 # this table; an axis that is not in it is an error.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
+    "sequence": "sequence",
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -43,6 +45,8 @@ class Config:
       data: Copies of the weights, each with its own part of the batch.
       fsdp: Devices that share the weights, each with its own part of the batch.
       tensor: Devices that share each matrix product.
+      sequence: Devices that share each row, a stretch of its tokens each, and the
+        weights, as in `fsdp`: for rows too long for one device.
       expert: Devices that share the routed experts of each layer, and have a copy of
         all other weights, each with its own part of the batch.
     """
@@ -50,6 +54,7 @@ class Config:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
     expert: int = 1
 
 
@@ -112,6 +117,13 @@ def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def sequence_shards(length: int) -> int:
+    """The number of stretches that the current mesh cuts rows of this length into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["sequence"]
+    return shards if length % shards == 0 else 1
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch lies: rows over data, fsdp and expert."""
     return NamedSharding(mesh, spec(("batch",)))
@@ -141,8 +153,24 @@ def param_shardings(
                 )
             _check_divides(path, name, size, mesh)
         parts = _spread_factor(names, shapes[path], mesh)
+        parts = _over_sequence(parts, shapes[path], mesh)
         shardings[path] = NamedSharding(mesh, parts)
     return shardings
+
+
+def _over_sequence(parts: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """What `fsdp` cuts is cut further over devices that share rows, if it divides."""
+    if mesh.shape["sequence"] == 1:
+        return parts
+
+    def further(axes: str | tuple[str, ...] | None, size: int) -> Any:
+        names = axes if isinstance(axes, tuple) else (axes,)
+        shards = math.prod(mesh.shape[name] for name in names if name)
+        if "fsdp" not in names or size % (shards * mesh.shape["sequence"]):
+            return axes
+        return (*names, "sequence")
+
+    return P(*map(further, parts, shape))
 
 
 def _spread_factor(
@@ -178,10 +206,19 @@ def _check_divides(path: str, name: str | None, size: int, mesh: Mesh) -> None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes how an activation lies, by logical axes; without a mesh it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Fixes how an activation lies, by logical axes; without a mesh it does nothing.
+
+    Tokens that do not divide over `sequence`, such as a single one, lie on all of its
+    devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    kept = (
+        None if axis == "sequence" and size % mesh.shape["sequence"] else axis
+        for axis, size in zip(axes, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, spec(tuple(kept)))
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
@@ -197,4 +234,18 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
         raise UserError(
             f"batch {batch_size} is not divisible by accumulation_steps * data * fsdp "
             f"* expert = {unit}; use {' or '.join(map(str, near))}"
+        )
+
+
+def check_length(length: int, mesh: Mesh) -> None:
+    """Checks that full rows cut evenly into stretches.
+
+    Raises:
+      UserError: They do not.
+    """
+    shards = mesh.shape["sequence"]
+    if length % shards:
+        raise UserError(
+            f"rows of length {length} are not divisible by mesh.sequence = {shards}; "
+            f"use data.max_length={max(length // shards, 1) * shards}"
         )

@@ -349,7 +349,7 @@ class Block(nnx.Module):
         out = _through(self.mlp_post_norm, out)
         out = adapted(self.adapter, "mlp", out, between, None, rng)
         x_BTD = between + dropout(out, self.dropout, keys[1])
-        return constrain(x_BTD, "batch", None, None), cache, load
+        return constrain(x_BTD, "batch", "sequence", None), cache, load
 
 
 def _through(norm: Any, x: jax.Array) -> jax.Array:

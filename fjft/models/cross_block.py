@@ -286,7 +286,7 @@ class Block(nnx.Module):
             x_BTD = self._after(self.cross_norm, x_BTD, y, keys[1])
         y = self.mlp(self._before(self.mlp_norm, x_BTD), keys[2])
         x_BTD = self._after(self.mlp_norm, x_BTD, y, keys[2])
-        return constrain(x_BTD, "batch", None, None), cache
+        return constrain(x_BTD, "batch", "sequence", None), cache
 
     def _before(self, norm: Any, x: jax.Array) -> jax.Array:
         return norm(x) if self.pre_norm else x

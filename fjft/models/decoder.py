@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embedding(input_ids_BT, self.compute_dtype)
         if self.arch.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.arch.embedding_scale, x_BTD.dtype)
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, "batch", "sequence", None)
 
     def word_vectors(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What virtual vectors stand in the place of."""

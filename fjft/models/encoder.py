@@ -167,7 +167,7 @@ class Encoder(nnx.Module):
             rng,
             vectors_of(self.prompt),
         )
-        return constrain(x_BSD, "batch", None, None)
+        return constrain(x_BSD, "batch", "sequence", None)
 
     def word_vectors(self, input_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """What virtual vectors stand in the place of."""

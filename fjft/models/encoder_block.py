@@ -218,4 +218,4 @@ class Block(nnx.Module):
         hidden = ACTIVATIONS[self.activation](self.up(x_BTD, rng))
         out, norm = self.down(hidden, rng), self.mlp_norm
         x_BTD = norm(x_BTD + adapted(self.adapter, "mlp", out, x_BTD, norm, rng))
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, "batch", "sequence", None)

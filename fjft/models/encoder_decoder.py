@@ -330,7 +330,7 @@ class EncoderDecoder(nnx.Module):
             x = jnp.where(is_padding, jax.lax.stop_gradient(x), x)
         if self.arch.embedding_scale != 1:
             x = x * jnp.asarray(self.arch.embedding_scale, x.dtype)
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "sequence", None)
 
     def backbone(
         self,

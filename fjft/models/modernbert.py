@@ -128,7 +128,7 @@ class Block(nnx.Module):
         )
         hidden = ACTIVATIONS[self.arch.activation](gate) * up
         x_BTD = x_BTD + self.down(hidden, rng)
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, "batch", "sequence", None)
 
 
 class ModernBert(Encoder):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.layers import ACTIVATIONS, GatedMLP, Linear, Maker, normal
-from fjft.sharding import spec
+from fjft.sharding import sequence_shards, spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,8 @@ class ExpertMLPs(nnx.Module):
             return _apply_experts(
                 x_BTD, weights_BTk, chosen_BTk, matrices, self.activation
             )
-        rows = spec(("batch", None, None))
+        along = "sequence" if sequence_shards(x_BTD.shape[1]) > 1 else None
+        rows = spec(("batch", along, None))
         widen, narrow = (
             spec(("expert", "mlp", "embed")),
             spec(("expert", "embed", "mlp")),

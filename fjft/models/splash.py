@@ -1,16 +1,16 @@
 """Attention on TPU: splash attention, on every device for its own rows and heads."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fjft.models.mask import Mask
-from fjft.sharding import spec
+from fjft.sharding import sequence_shards, spec
 
 LANES = 128  # the least block, and what blocks are multiples of
 BLOCK_SIZES = (512, 384, 256, LANES)  # of queries and of keys, the best one first
@@ -29,10 +29,11 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of tokens to those of their own rows, which never holds the scores.
 
-    Rows are cut over the mesh's batch axes and heads over its `tensor` axis, as
-    activations lie anyway. Where there are fewer kv-heads than devices in `tensor`,
-    each device gets the one that its query heads read; where heads do not divide at
-    all, the devices of `tensor` do the same work.
+    Rows are cut over the mesh's batch axes, queries over its `sequence` axis and heads
+    over `tensor`, as activations lie anyway; keys are gathered over `sequence`. Where
+    there are fewer kv-heads than devices in `tensor`, each device gets the one that its
+    query heads read; where heads do not divide at all, the devices of `tensor` do the
+    same work.
 
     Blocks of keys that causality or the window hides from a whole block of queries are
     never read (https://docs.jax.dev/en/latest/pallas/tpu; Dao 2023).
@@ -47,64 +48,67 @@ def splash_attention(
       name: What remat policies call the output and the scores' norms.
       interpret: Runs the kernel's program on any backend, slowly.
     """
-    scaled = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
-    attend = functools.partial(
-        _attend_rows,
-        window=mask.window,
-        causal=mask.causal,
-        softcap=softcap,
-        name=name,
-        interpret=interpret,
-    )
+    T, num_heads = q_BTNH.shape[1:3]
+    num_kv_heads = k_BTKH.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return attend(scaled, k_BTKH, v_BTKH, mask.queries.segments)
-    num_heads, num_kv_heads = q_BTNH.shape[2], k_BTKH.shape[2]
-    shards = mesh.shape["tensor"]
-    if num_heads % shards == 0 and shards % num_kv_heads == 0:
-        repeats = shards // num_kv_heads
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    if num_heads % tensor == 0 and tensor % num_kv_heads == 0:
+        repeats = tensor // num_kv_heads
         k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
-        num_kv_heads = shards
-    divides = num_heads % shards == 0 and num_kv_heads % shards == 0
-    rows = spec(("batch",))
-    heads = P(*rows, None, "tensor" if divides else None)
-    return jax.shard_map(
-        attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-    )(scaled, k_BTKH, v_BTKH, mask.queries.segments)
-
-
-def _attend_rows(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: Int[Array, "B T"],
-    *,
-    window: int | None,
-    causal: bool,
-    softcap: float | None,
-    name: str | None,
-    interpret: bool,
-) -> jax.Array:
-    """One device's rows and heads, filled up to whole blocks with padding."""
-    T = q_BTNH.shape[1]
-    missing = -T % LANES
+        num_kv_heads = tensor
+    divides = num_heads % tensor == 0 and num_kv_heads % tensor == 0
+    stretches = sequence_shards(T)
+    missing = -T % (LANES * stretches)
     q, k, v = (
-        jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2)
-        for x in (q_BTNH, k_BTKH, v_BTKH)
+        jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTKH, v_BTKH)
     )
-    segments = jnp.pad(segments_BT, ((0, 0), (0, missing)))
+    segments = jnp.pad(mask.queries.segments, ((0, 0), (0, missing)))
+    heads = [_make_mask(T + missing, mask.window, mask.causal)] * (
+        num_heads // tensor if divides else num_heads
+    )
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([_make_mask(T + missing, window, causal)] * q.shape[1]),
-        block_sizes=_block_sizes(T + missing),
+        splash.MultiHeadMask(heads),
+        block_sizes=_block_sizes((T + missing) // stretches),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=stretches,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=name,
         interpret=interpret,
     )
+    arguments = kernel, q, k, v, segments, segments
+    if mesh.empty:
+        return _attend_rows(*arguments)[:, :T]
+    [rows] = spec(("batch",))
+    along = "sequence" if stretches > 1 else None
+    over = "tensor" if divides else None
+    queries, keys = P(rows, along, over), P(rows, None, over)
+    out = jax.shard_map(
+        _attend_rows,
+        in_specs=(
+            kernel.manual_sharding_spec(NamedSharding(mesh, P(None, along))),
+            *(queries, keys, keys),
+            *(P(rows, along), P(rows)),
+        ),
+        out_specs=queries,
+        check_vma=False,
+    )(*arguments)
+    return out[:, :T]
+
+
+def _attend_rows(
+    kernel: Any,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: Int[Array, "B T"],
+    segments_BS: Int[Array, "B S"],
+) -> jax.Array:
+    """One device's rows, heads and queries; keys are those of whole rows."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     # Without `save_residuals` the kernel gives its output alone.
-    out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
-    return out.swapaxes(1, 2)[:, :T]
+    out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments_BT, segments_BS))
+    return out.swapaxes(1, 2)
 
 
 def _make_mask(length: int, window: int | None, causal: bool) -> splash.Mask:

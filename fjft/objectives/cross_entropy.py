@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from fjft.sharding import data_shards
+from fjft.sharding import constrain, data_shards, sequence_shards
 
 Terms = Sequence[tuple[jax.Array, jax.Array]]
 
@@ -73,7 +73,7 @@ def cross_entropy_sums(
     """
     vectors, matrices = zip(*terms, strict=True)
     B, T = targets_BT.shape
-    steps = T // _chunk_length(B, T, chunks.tokens)
+    steps = _num_chunks(B, T, chunks.tokens)
     parts = _smallest_divisor(matrices[0].shape[0], at_least=chunks.vocab_parts)
     sums: Any = _sums(
         tuple(_cut(x, steps) for x in vectors),
@@ -102,7 +102,7 @@ def token_log_probs(
     """
     vectors, matrices = zip(*terms, strict=True)
     B, T = targets_BT.shape
-    steps = T // _chunk_length(B, T, chunks.tokens)
+    steps = _num_chunks(B, T, chunks.tokens)
 
     @jax.checkpoint
     def chunk(matrices: Any, xs: Any) -> jax.Array:
@@ -117,21 +117,36 @@ def token_log_probs(
         None,
         (tuple(_cut(x, steps) for x in vectors), _cut(targets_BT, steps)),
     )[1]
-    return log_probs.swapaxes(0, 1).reshape(B, T)
+    return _join(log_probs)
 
 
 def _cut(x: jax.Array, steps: int) -> jax.Array:
-    """[B, T, ...] as [steps, B, T / steps, ...]."""
-    B, T = x.shape[:2]
-    return x.reshape(B, steps, T // steps, *x.shape[2:]).swapaxes(0, 1)
+    """[B, T, ...] as [steps, B, T / steps, ...], each with tokens of every device."""
+    B, T, *rest = x.shape
+    shards = sequence_shards(T)
+    parts = x.reshape(B, shards, steps, -1, *rest)
+    parts = jnp.moveaxis(parts, 2, 0).reshape(steps, B, T // steps, *rest)
+    if shards == 1:
+        return parts
+    return constrain(parts, None, "batch", "sequence", *(None,) * len(rest))
 
 
-def _chunk_length(B: int, T: int, tokens: int) -> int:
-    """The largest divisor of T that gives a device at most `tokens` tokens a chunk."""
+def _join(parts: Shaped[Array, "steps B C"]) -> Shaped[Array, "B T"]:
+    """Undoes `_cut`."""
+    steps, B, C = parts.shape
+    by_shard = parts.reshape(steps, B, sequence_shards(steps * C), -1)
+    return jnp.moveaxis(by_shard, 0, 2).reshape(B, steps * C)
+
+
+def _num_chunks(B: int, T: int, tokens: int) -> int:
+    """The fewest equal chunks of at most `tokens` tokens of a device, if it can be."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = max(B // (1 if mesh.empty else data_shards(mesh)), 1)
-    return max(
-        c for c in range(1, T + 1) if T % c == 0 and (c * rows <= tokens or c == 1)
+    length = T // sequence_shards(T)
+    return next(
+        n
+        for n in range(1, length + 1)
+        if length % n == 0 and (length // n * rows <= tokens or n == length)
     )
 
 

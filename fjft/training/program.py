@@ -109,6 +109,7 @@ def build_program(
     """
     e = experiment
     sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
+    sharding.check_length(e.data.max_length, mesh)
     blueprint = draw_model(
         choose_head(files, e.objective_module.HEAD, num_labels or e.count_labels()),
         method=e.method,

@@ -1,6 +1,8 @@
 """Every way to attention gives what torch gives, forward and backward."""
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -40,6 +42,19 @@ CASES = {
     "both-ways-window": Case(B=1, T=256, N=2, K=2, H=8, causal=False, window=33),
     "fewer-kv-heads-than-devices": Case(
         B=2, T=128, N=4, K=2, H=8, causal=True, mesh=sharding.Config(fsdp=2, tensor=4)
+    ),
+    "rows-in-stretches": Case(
+        B=2, T=256, N=4, K=2, H=8, causal=True, mesh=sharding.Config(2, 1, 2, 2)
+    ),
+    "stretches-of-odd-length": Case(
+        B=1,
+        T=300,
+        N=2,
+        K=1,
+        H=8,
+        causal=True,
+        window=70,
+        mesh=sharding.Config(fsdp=1, sequence=4),
     ),
     "heads-that-do-not-divide": Case(
         B=2, T=128, N=3, K=3, H=8, causal=False, mesh=sharding.Config(fsdp=2, tensor=2)
@@ -111,7 +126,7 @@ def test_every_way_equals_torch(case, way):
     if case.mesh is None:
         ours = _by_jax(case, attend)
     else:
-        devices = jax.devices()[: case.mesh.fsdp * case.mesh.tensor]
+        devices = jax.devices()[: math.prod(dataclasses.astuple(case.mesh))]
         with jax.set_mesh(sharding.make_mesh(case.mesh, devices)):
             ours = _by_jax(case, attend)
     for got, expected in zip(ours, _by_torch(case), strict=True):
@@ -124,7 +139,7 @@ def _shapes_on(platform, **options):
     arrays, _, places = _inputs(case)
     mask = Mask(Places(*map(jnp.asarray, places)), causal=True)
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-    mesh = AbstractMesh((1,) * 4, sharding.AXES, abstract_device=device)
+    mesh = AbstractMesh((1,) * 5, sharding.AXES, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(
             lambda q, k, v: attention(q, k, v, mask, scale=1.0, **options)

@@ -120,6 +120,7 @@ def test_the_balance_counts_in_training_alone():
         {"data": 1, "fsdp": 1, "expert": 8},
         {"data": 2, "fsdp": 1, "tensor": 2, "expert": 2},
         {"data": 1, "fsdp": 2, "tensor": 1, "expert": 4},
+        {"data": 1, "fsdp": 2, "sequence": 2, "expert": 2},
         {"data": 1, "fsdp": 4, "tensor": 2},
     ],
 )

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_experiment import make_config, start, take_steps
 
 from fjft import tree
+from fjft.errors import UserError
 
 # float32 sums in another order: 1e-7 relative in a loss of one step, growing tenfold
 # over a few steps of Adam. What a lost row or a wrong divisor does is a thousand times
@@ -64,6 +65,19 @@ def test_meshes_give_the_same_losses(llama, reference, tmp_path, mesh):
     assert held == (3, 64 // mesh[2], 64 // mesh[1])
     for moments in moments_of(state.opt_state):
         assert {path: m.sharding.spec for path, m in moments.items()} == specs
+
+
+def test_rows_in_stretches_give_the_same_losses(llama, reference, tmp_path):
+    started = start(make_config(llama, tmp_path), (1, 2, 2, 2))
+    state, metrics = take_steps(started, 5)
+    np.testing.assert_allclose(numbers(metrics), reference, rtol=TOLERANCE)
+    # Devices that share rows share the weights too.
+    block = "layers.blocks.0.attention.q"
+    cut = ("fsdp", "sequence")
+    assert started.run.frozen[f"{block}.weight"].sharding.spec == P(None, "tensor", cut)
+    assert state.params[f"{block}.adapter.a"].sharding.spec == P(None, None, cut)
+    with pytest.raises(UserError, match=r"length 94 .* mesh.sequence = 4"):
+        start(make_config(llama, tmp_path, data__max_length=94), (1, 1, 1, 4))
 
 
 def test_what_waits_in_the_hosts_memory_changes_nothing(llama, reference, tmp_path):
