@@ -66,7 +66,8 @@ def main() -> None:
 
 def compare_with_disk(directory: Path, gigabytes: float, rounds: int) -> None:
     """Loads a big checkpoint with a cold page cache."""
-    files = write_llama(directory, round(LAYERS_AT_8_GB * gigabytes / 8))
+    layers = round(LAYERS_AT_8_GB * gigabytes / 8)
+    files = write_llama(directory, LLAMA | {"num_hidden_layers": layers})
     sizes = [file.stat().st_size for file in files]
     print(f"a checkpoint of {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files")
     results: dict[str, list[dict[str, Any]]] = {}
@@ -142,17 +143,17 @@ def compare_with_torch(directory: Path, rounds: int) -> None:
             print(f"{library + ', ' + dtype:30}{cells}")
 
 
-def write_llama(directory: Path, num_layers: int) -> list[Path]:
+def write_llama(directory: Path, config: dict[str, Any]) -> list[Path]:
     """Writes a random checkpoint, one tensor in memory at a time."""
     import ml_dtypes
     import numpy as np
 
     from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
 
-    size, wide = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    kv = LLAMA["num_key_value_heads"] * LLAMA["head_dim"]
+    size, wide = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (LLAMA["vocab_size"], size)
+        "model.embed_tokens.weight": (config["vocab_size"], size)
     }
     layer = {
         "input_layernorm": (size,),
@@ -165,12 +166,12 @@ def write_llama(directory: Path, num_layers: int) -> list[Path]:
         "mlp.up_proj": (wide, size),
         "mlp.down_proj": (size, wide),
     }
-    for number in range(num_layers):
+    for number in range(config["num_hidden_layers"]):
         for name, shape in layer.items():
             shapes[f"model.layers.{number}.{name}.weight"] = shape
     shapes |= {
         "model.norm.weight": (size,),
-        "lm_head.weight": (LLAMA["vocab_size"], size),
+        "lm_head.weight": (config["vocab_size"], size),
     }
     rng = np.random.default_rng(0)
 
@@ -180,7 +181,6 @@ def write_llama(directory: Path, num_layers: int) -> list[Path]:
         return ((bits & 0x83FF) | 0x3C00).reshape(shape).view(ml_dtypes.bfloat16)
 
     directory.mkdir()
-    config = LLAMA | {"num_hidden_layers": num_layers}
     (directory / "config.json").write_text(json.dumps(config))
     dtype = np.dtype(ml_dtypes.bfloat16)
     tensors = [
