@@ -1,13 +1,14 @@
 """Trains one model in every way there is, and sets the results side by side.
 
-    python tests/compare_methods.py [--steps=40] [--only=lora,adalora]
+    python tests/compare_methods.py [--task=minilm] [--only='lora;adalora']
 
-SmolLM2-135M-Instruct learns the chat of configs/smollm2_lora_quickstart.py, the same
-rows in the same order for every entry of `METHODS`. Each has a process of its own, so
-that peaks of memory are its own. What one leaves is kept in `--output` as JSON and not
-done again, so the command may be stopped and started; the Markdown table and the plot
-are made of what is there. Speeds mean something on a quiet machine alone, and without
-an accelerator JAX_PLATFORMS=cpu spares each process the search for one.
+SmolLM2-135M-Instruct learns to chat, or MiniLM sentiments of tweets, from the same rows
+in the same order for every entry of `METHODS`, and for LoRA over a quantized base. Each
+has a process of its own, so that peaks of memory are its own. What one leaves is kept
+in `--output` as JSON and not done again, so the command may be stopped and started; the
+Markdown table and the plot are made of what is there. Speeds mean something on a quiet
+machine alone, and without an accelerator JAX_PLATFORMS=cpu spares each process the
+search for one.
 """
 
 import argparse
@@ -17,51 +18,105 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "smollm2_lora_quickstart.py"
-# The peak learning rate and options of each way; a method without an entry is tried
-# with its defaults. Fewer trained numbers want larger steps.
-WAYS: dict[str, dict[str, Any]] = {
-    "full": {"optimizer.learning_rate": 5e-5},
-    "last_layers": {"peft.num_layers": 4, "optimizer.learning_rate": 3e-4},
-    "lora": {"peft.r": 8, "peft.lora_alpha": 16.0},
-    "adalora": {
-        "peft.init_r": 12,
-        "peft.target_r": 8,
-        "peft.lora_alpha": 24.0,
-        "peft.orth_reg_weight": 0.1,
-        "optimizer.learning_rate": 3e-3,
-    },
-    "prompt": {"optimizer.learning_rate": 3e-2},
-    "p_tuning": {"optimizer.learning_rate": 3e-3},
-    "prefix": {"optimizer.learning_rate": 1e-2},
-    # SmolLM2's tokens that begin and end a turn, and its end of a line.
-    "trainable_tokens": {
-        "peft.token_indices": (1, 2, 198),
-        "optimizer.learning_rate": 3e-3,
-    },
-    "bottleneck": {"optimizer.learning_rate": 1e-3},
+
+
+class Task(NamedTuple):
+    """A model and what it learns.
+
+    Attributes:
+      title: Says so in the table.
+      config: A file of `configs/`.
+      settings: What all methods have in common.
+      score: The metric of held-out data that is shown beside the loss.
+      new: The module that the checkpoint lacks, which is trained in every way.
+      ways: The peak learning rate and options of each way; a method without an entry
+        is tried with its defaults. Fewer trained numbers want larger steps.
+    """
+
+    title: str
+    config: str
+    settings: dict[str, Any]
+    score: str
+    new: str
+    ways: dict[str, dict[str, Any]]
+
+
+ADALORA = {
+    "peft.init_r": 12,
+    "peft.target_r": 8,
+    "peft.lora_alpha": 24.0,
+    "peft.orth_reg_weight": 0.1,
+}
+LORA = {"peft.method": "lora", "peft.r": 8, "peft.lora_alpha": 16.0}
+TASKS = {
+    "smollm2": Task(
+        "SmolLM2-135M-Instruct, chat, float32",
+        "smollm2_lora_quickstart.py",
+        {"data.max_length": 128, "train.batch_size": 4, "train.max_steps": 40},
+        "eval_mean_token_accuracy",
+        "",
+        {
+            "full": {"optimizer.learning_rate": 5e-5},
+            "last_layers": {"peft.num_layers": 4, "optimizer.learning_rate": 3e-4},
+            "lora": LORA,
+            "lora, nf4": LORA | {"model.quantization": "nf4"},
+            "adalora": ADALORA | {"optimizer.learning_rate": 3e-3},
+            "prompt": {"optimizer.learning_rate": 3e-2},
+            "p_tuning": {"optimizer.learning_rate": 3e-3},
+            "prefix": {"optimizer.learning_rate": 1e-2},
+            # The tokens that begin and end a turn, and the end of a line.
+            "trainable_tokens": {
+                "peft.token_indices": (1, 2, 198),
+                "optimizer.learning_rate": 3e-3,
+            },
+            "bottleneck": {"optimizer.learning_rate": 1e-3},
+        },
+    ),
+    "minilm": Task(
+        "MiniLM-L6, sentiment of tweets, float32",
+        "minilm_sentiment.py",
+        {
+            "data.max_length": 128,
+            "train.batch_size": 16,
+            "train.max_steps": 200,
+            "train.log_steps": 10,
+            "optimizer.learning_rate": 2e-3,
+        },
+        "eval_accuracy",
+        "classifier",
+        {
+            "full": {"optimizer.learning_rate": 1e-4},
+            "last_layers": {"peft.num_layers": 2, "optimizer.learning_rate": 3e-4},
+            "lora": LORA,
+            "lora, nf4": LORA | {"model.quantization": "nf4"},
+            "adalora": ADALORA | {"optimizer.learning_rate": 5e-3},
+            "prompt": {"optimizer.learning_rate": 1e-2},
+            "prefix": {"optimizer.learning_rate": 1e-2},
+            "trainable_tokens": {"peft.token_indices": (101, 102)},
+        },
+    ),
 }
 
 
 def main() -> None:
     """Runs what has no result yet, then writes the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a step")
-    parser.add_argument("--only", help="methods, with commas; all by default")
+    parser.add_argument("--task", choices=TASKS, default="smollm2")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--only", help="ways, with semicolons; all by default")
     parser.add_argument("--output", default=str(ROOT / "runs" / "compare_methods"))
-    parser.add_argument("--plot", default=str(ROOT / ".assets" / "methods.png"))
+    parser.add_argument("--plot", help="default: .assets/methods_TASK.png")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.run:
-        return print(json.dumps(train(flags.run, settings(flags))))
+        return print(json.dumps(train(flags.run, TASKS[flags.task], settings(flags))))
     from fjft.peft.methods import METHODS
 
-    names = flags.only.split(",") if flags.only else list(METHODS)
+    every = dict.fromkeys([*METHODS, *TASKS[flags.task].ways])
+    names = flags.only.split(";") if flags.only else list(every)
     results, failed = {}, []
     for name in names:
         result = find(name, flags)
@@ -72,28 +127,30 @@ def main() -> None:
     if results:
         table = describe(results, flags)
         print(table)
-        Path(flags.output, "table.md").write_text(table + "\n", "utf-8")
-        draw(results, Path(flags.plot))
+        Path(flags.output, f"{flags.task}.md").write_text(table + "\n", "utf-8")
+        plot = flags.plot or ROOT / ".assets" / f"methods_{flags.task}.png"
+        draw(results, TASKS[flags.task], Path(plot))
     if failed:
         sys.exit(f"these failed, see above: {', '.join(failed)}")
 
 
-def settings(flags: argparse.Namespace) -> dict[str, int]:
+def settings(flags: argparse.Namespace) -> dict[str, Any]:
     """What must be equal for results to be comparable."""
-    return {"steps": flags.steps, "length": flags.length, "rows": flags.rows}
+    given = {"train.max_steps": flags.steps} if flags.steps else {}
+    return TASKS[flags.task].settings | given
 
 
 def find(name: str, flags: argparse.Namespace) -> dict[str, Any] | None:
     """The result of one method: the kept one, or a new one; None if it failed."""
-    made_with = settings(flags) | {"options": WAYS.get(name, {})}
-    path = Path(flags.output, f"{name}.json")
+    made_with = settings(flags) | {"options": TASKS[flags.task].ways.get(name, {})}
+    path = Path(flags.output, flags.task, f"{name}.json")
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
-        if kept["made_with"] == made_with:
+        if kept["made_with"] == json.loads(json.dumps(made_with)):
             return kept
     print("running", name, "...", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, f"--run={name}"]
-    command += [f"--{key}={value}" for key, value in settings(flags).items()]
+    command = [sys.executable, __file__, f"--run={name}", f"--task={flags.task}"]
+    command += [f"--steps={flags.steps}"] if flags.steps else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return None
@@ -103,25 +160,26 @@ def find(name: str, flags: argparse.Namespace) -> dict[str, Any] | None:
     return result
 
 
-def train(name: str, chosen: dict[str, int]) -> dict[str, Any]:
-    """Trains with one method in this process, and measures."""
+def train(name: str, task: Task, common: dict[str, Any]) -> dict[str, Any]:
+    """Trains in one way in this process, and measures."""
     import resource
 
     import fjft
+    from fjft.peft.methods import METHODS
 
     with tempfile.TemporaryDirectory() as directory:
         overrides = {
             "peft.method": name,
-            "data.max_length": chosen["length"],
-            "train.batch_size": chosen["rows"],
-            "train.max_steps": chosen["steps"],
             "evaluate.prompt": "",
             "checkpoint.save_steps": 0,
             "checkpoint.directory": directory,
         }
-        result = fjft.train(
-            fjft.load_config(str(CONFIG), overrides | WAYS.get(name, {}))
-        )
+        overrides |= common | task.ways.get(name, {})
+        method = METHODS[overrides["peft.method"]]
+        if task.new and hasattr(method.Config, "modules_to_save"):
+            overrides["peft.modules_to_save"] = task.new
+        config = fjft.load_config(str(ROOT / "configs" / task.config), overrides)
+        result = fjft.train(config)
         log = Path(directory, "log.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in log.splitlines()]
     # The first step compiles.
@@ -136,7 +194,8 @@ def train(name: str, chosen: dict[str, int]) -> dict[str, Any]:
         ),
         "eval_loss_before": result.metrics["eval_loss_before"],
         "eval_loss": result.metrics["eval_loss"],
-        "eval_accuracy": result.metrics["eval_mean_token_accuracy"],
+        "score": result.metrics[task.score],
+        "losses": [(row["step"], row["loss"]) for row in rows if "loss" in row],
         "tokens_per_second": statistics.median(speeds),
         "peak_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }
@@ -148,13 +207,14 @@ def describe(results: dict[str, dict[str, Any]], flags: argparse.Namespace) -> s
         "trained": lambda r: f"{r['trainable']:,}",
         "eval loss before": lambda r: f"{r['eval_loss_before']:.3f}",
         "after": lambda r: f"{r['eval_loss']:.3f}",
-        "token accuracy": lambda r: f"{r['eval_accuracy']:.1%}",
+        "accuracy": lambda r: f"{r['score']:.1%}",
         "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
         "peak GiB": lambda r: f"{r['peak_bytes'] / 2**30:.2f}",
     }
+    common = settings(flags)
     lines = [
-        f"SmolLM2-135M-Instruct, {flags.steps} steps of {flags.rows} rows of "
-        f"{flags.length} tokens, float32",
+        f"{TASKS[flags.task].title}, {common['train.max_steps']} steps of "
+        f"{common['train.batch_size']} rows",
         "",
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
@@ -165,17 +225,18 @@ def describe(results: dict[str, dict[str, Any]], flags: argparse.Namespace) -> s
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Eval loss against trained parameters, and speed and memory beside it."""
+def draw(results: dict[str, dict[str, Any]], task: Task, path: Path) -> None:
+    """Loss against trained parameters, speed against memory, and LoRA's two curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.5))
+    figure.suptitle(task.title)
     panels = (
         (left, "trainable", 1, "trained parameters", "eval_loss", "eval loss"),
-        (right, "peak_bytes", 2**30, "peak GiB", "tokens_per_second", "tokens/s"),
+        (middle, "peak_bytes", 2**30, "peak GiB", "tokens_per_second", "tokens/s"),
     )
     for axes, across, unit, across_label, up, up_label in panels:
         for name, result in results.items():
@@ -189,6 +250,13 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     before = next(iter(results.values()))["eval_loss_before"]
     left.axhline(before, linestyle=":", color="grey", label="before")
     left.legend()
+    for name in ("lora", "lora, nf4"):
+        if name in results:
+            right.plot(*zip(*results[name]["losses"], strict=True), label=name)
+    right.set_xlabel("step")
+    right.set_ylabel("training loss")
+    right.grid(alpha=0.3)
+    right.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
