@@ -23,6 +23,7 @@ from fjft.errors import UserError
 from fjft.models.bare import without_adapters
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
+from fjft.peft import virtual
 from fjft.peft.rule import StepRule
 from fjft.pretrained import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.training import step as steps
@@ -121,6 +122,7 @@ def build_program(
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)
     _check_reference(e, blueprint.model, trainable)
+    _check_packing(e, blueprint.model)
     axes = tree.logical_axes(blueprint.model)
     stack_axes = {path: _stack_axes(axes[path]) for path in trainable}
     rates = None
@@ -218,6 +220,16 @@ def _check_reference(e: Experiment, model: Any, trainable: tree.Params) -> None:
             "the objective compares with the model without its adapter, but this "
             f"method trains {trained[0]!r}, which is a part of that; use "
             "peft.method=lora, or another with adapters, and no modules_to_save"
+        )
+
+
+def _check_packing(e: Experiment, model: Any) -> None:
+    """Refuses packed texts of which each would need virtual tokens of its own."""
+    is_virtual = isinstance(getattr(model, "prompt", None), virtual.Tokens)
+    if e.data.packing and is_virtual and hasattr(model, "encode"):
+        raise UserError(
+            "virtual tokens before an encoder see the text behind them, so each text "
+            "of a packed row would need its own; use data.packing=False"
         )
 
 

@@ -64,7 +64,7 @@ def make_config(bert, rows, tmp_path):
     return make
 
 
-def test_cuts_and_meshes_do_not_change_thelosses(make_config):
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
     config = make_config(data__packing=True)
     _, plain = take_steps(start(config), 3)
     override(config, {"train.accumulation_steps": 2})

@@ -11,6 +11,7 @@ from tiny_experiment import losses, start, take_steps
 import fjft
 from fjft.build import build_experiment, override
 from fjft.cli.main import main
+from fjft.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +59,12 @@ def test_cuts_and_meshes_do_not_change_the_losses(make_config):
     override(config, {"train.accumulation_steps": 2})
     _, cut = take_steps(start(config, (2, 2, 2)), 3)
     np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_virtual_tokens_of_several_texts_in_a_row_are_refused(make_config):
+    config = make_config(model__from_scratch=False, peft__method="prompt")
+    with pytest.raises(UserError, match=r"use data\.packing=False"):
+        start(config)
 
 
 def test_a_model_from_scratch_ends_in_what_transformers_loads(
