@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -67,13 +68,18 @@ def make_tokens(model: Any, config: Any, rngs: nnx.Rngs) -> virtual.Tokens:
     return virtual.Tokens(rngs, rows, virtual.vector_size(model), n)
 
 
-def start(model: Any, sites: Sequence[Site], config: Config) -> None:
+def start(
+    model: Any,
+    sites: Sequence[Site],
+    config: Config,
+    read: Callable[[Site], jax.Array],
+) -> None:
     """Gives the virtual tokens the vectors of a text.
 
     Raises:
       UserError: The text has no tokens.
     """
-    del sites
+    del sites, read
     if config.prompt_tuning_init != "TEXT":
         return
     tokenizer = model.provenance.files.load_tokenizer()

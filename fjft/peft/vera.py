@@ -148,8 +148,14 @@ def attach(
         linear.adapter = nnx.data(Adapter(rngs, linear, layers, shared, config))
 
 
-def start(model: nnx.Module, sites: Sequence[Site], config: Config) -> None:
+def start(
+    model: nnx.Module,
+    sites: Sequence[Site],
+    config: Config,
+    read: Callable[[Site], jax.Array],
+) -> None:
     """Draws A and B from their seed."""
+    del read
     _, adapter = next(targets.adapters(model, sites))
     shapes = adapter.shared_a.shape, adapter.shared_b.shape
     drawn = draw(config.projection_prng_key, *shapes)

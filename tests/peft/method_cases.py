@@ -135,8 +135,8 @@ _ADALORA = {
 
 
 def _tokens(base: str, *token_indices: int) -> Case:
-    options = {"token_indices": list(token_indices)}
-    make_theirs = by_peft(peft.TrainableTokensConfig, **options)
+    make_theirs = by_peft(peft.TrainableTokensConfig, token_indices=list(token_indices))
+    options = {"token_indices": token_indices}
     return Case(base=base, options=options, make_theirs=make_theirs)
 
 
