@@ -66,4 +66,6 @@ def read(
         kind = adapter_config.get("peft_type")
         raise UserError(f"the adapter uses parts of {kind} that fjft lacks: {unknown}")
     known |= {name: as_regex(known.get(name)) for name in patterns}
+    # JSON has lists where options are tuples.
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     return cls(**known)
