@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,10 +94,43 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
                 f"mesh {wanted} uses {math.prod(sizes)} of {len(devices)} devices; "
                 "over several processes it must use them all"
             )
-        devices = devices[: math.prod(sizes)]
-    return Mesh(
-        np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+        arranged = np.array(devices[: math.prod(sizes)]).reshape(sizes)
+    else:
+        arranged = _arrange(devices, sizes)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(devices: list, sizes: list[int]) -> np.ndarray:
+    """All devices in a mesh's shape, so that what talks most is connected best.
+
+    Raises:
+      UserError: They are slices of TPUs, and not only `data` would lie across them.
+    """
+    slices = count_slices(devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    data, rest = divmod(sizes[0], slices)
+    if rest:
+        raise UserError(
+            f"mesh.data={sizes[0]} does not divide over the "
+            f"{slices} slices of this run; between slices the network is slow, so "
+            f"that only data may lie across them: use mesh.data={slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [data, *sizes[1:]],
+        [slices, *(1 for _ in sizes[1:])],
+        devices,
+        allow_split_physical_axes=True,
     )
+
+
+def count_slices(devices: list) -> int:
+    """How many slices of TPUs these are, with a slow network between them."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def single_device_mesh() -> Mesh:
@@ -122,6 +156,16 @@ def sequence_shards(length: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["sequence"]
     return shards if length % shards == 0 else 1
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the parts that lie on this process's devices, in order.
+
+    Devices of several processes may hold the same part.
+    """
+    rows = batch_sharding(mesh)
+    held = rows.addressable_devices_indices_map((data_shards(mesh),)).values()
+    return sorted({index[0].start or 0 for index in held if index})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ from fjft.errors import UserError
 from fjft.models.layers import REMAT_POLICIES
 from fjft.planning.planner import Planner
 from fjft.planning.report import Report
+from fjft.sharding import count_slices
 from fjft.training.fit import gib
 
 # Tokens a device whose logits exist at a time.
@@ -88,11 +89,15 @@ def _try(planner: Planner, changes: Changes) -> Tried:
 def _meshes(planner: Planner) -> Iterator[Changes]:
     """As the config says, and powers of two of copies and of tensor parallelism."""
     yield {}
-    devices = len(planner.target.devices)
+    slices = count_slices(planner.target.devices)
+    devices = len(planner.target.devices) // slices
     for data, tensor in ((1, 1), (2, 1), (devices, 1), (1, 2), (1, 4)):
         if devices > 1 and data * tensor <= devices:
-            rest = devices // (data * tensor)
-            yield {"mesh.data": data, "mesh.fsdp": rest, "mesh.tensor": tensor}
+            yield {
+                "mesh.data": data * slices,
+                "mesh.fsdp": devices // (data * tensor),
+                "mesh.tensor": tensor,
+            }
 
 
 def _remats() -> Iterator[Changes]:
@@ -118,7 +123,8 @@ def advise(planner: Planner) -> Iterator[Tried]:
     if get("model.remat", "full") != "full":
         candidates.append({"model.remat": "full"})
     if get("mesh.fsdp", -1) != -1:
-        candidates.append({"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1})
+        slices = count_slices(planner.target.devices)
+        candidates.append({"mesh.data": slices, "mesh.fsdp": -1, "mesh.tensor": 1})
     if rows > shards and rows % shards == 0:
         candidates.append({"train.accumulation_steps": rows // shards})
     if get("data.max_length", 1024) >= 512:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fjft import sharding
 from fjft.errors import UserError
 from fjft.planning import targets
 
@@ -77,3 +78,14 @@ def test_the_compiler_knows_the_targets(name):
     assert {d.device_kind for d in target.devices} == {targets.CHIPS[chip].kind}
     assert target.peak_flops
     assert target.price == targets.CHIPS[chip].price * chips * slices
+
+
+def test_only_data_lies_across_slices():
+    pytest.importorskip("libtpu")
+    devices = targets.find_target("2xv6e-8").devices
+    mesh = sharding.make_mesh(sharding.Config(data=4, fsdp=-1, tensor=2), devices)
+    assert mesh.shape["fsdp"] == 2
+    slices = [{device.slice_index for device in part.flat} for part in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r"2 slices.*use mesh.data=2"):
+        sharding.make_mesh(sharding.Config(), devices)

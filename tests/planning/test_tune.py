@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import pytest
 
 import fjft
@@ -56,7 +57,7 @@ class MadeUp:
     def __init__(self, limit: int | None = 10 * GIB, fixed: float = 2.0):
         self.target = Target(
             name="x-1",
-            devices=[object()],
+            devices=jax.devices()[:1],
             memory_bytes=limit,
             peak_flops=1e12,
             memory_bandwidth=1e9,
