@@ -86,7 +86,9 @@ def make_schedule(config: Config, total_steps: int) -> Schedule:
     """
     rates = compute_rates(config, total_steps).astype(np.float32)
 
-    def schedule(step: ArrayLike) -> jax.Array:
+    def schedule(step: ArrayLike) -> ArrayLike:
+        if isinstance(step, int):  # The host asks, and shall not wait for a device.
+            return rates[min(step, total_steps)]
         return jnp.asarray(rates)[jnp.minimum(step, total_steps)]
 
     return schedule
