@@ -18,6 +18,7 @@ from fjft.checkpoint.quantizing import is_quantized, restore_weights
 from fjft.checkpoint.safetensors import open_safetensors
 from fjft.checkpoint.safetensors_writer import OutTensor, write_safetensors
 from fjft.checkpoint.torch_bin import open_bin
+from fjft.distributed import fetch, is_first, wait
 from fjft.errors import UserError
 from fjft.models.heads import of_model, task_type
 from fjft.models.layers import TiedHead
@@ -29,6 +30,8 @@ WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 def save_adapter(model: Any, directory: str | Path) -> None:
     """Writes a directory that `peft` loads on top of the same base model.
+
+    Of several processes all must call it; process 0 writes.
 
     Raises:
       UserError: The model carries no adapter that PEFT knows, or there is no space.
@@ -44,7 +47,8 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         model, config = method.plain(model, provenance.sites, config)
     _, params = tree.split(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
     tensors = []
     for tensor in method.peft_tensors(model, provenance.sites, config):
         param = params[tensor.path]
@@ -54,7 +58,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
                 tensor.name,
                 np.dtype(param.dtype),
                 shape,
-                lambda p=param, i=tensor.index: np.asarray(jax.device_get(p[i])),
+                lambda p=param, i=tensor.index: fetch(p[i]),
             )
         )
     write_safetensors(directory / _weights_names(method)[0], tensors)
@@ -66,7 +70,9 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         **method.peft_config(model, provenance.sites, config),
     }
     text = json.dumps(described, indent=2, ensure_ascii=False)
-    (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
+    if is_first():
+        (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
+    wait("save_adapter")
 
 
 def merge_adapter(model: Any) -> Any:

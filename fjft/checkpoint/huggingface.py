@@ -15,6 +15,7 @@ import numpy as np
 from fjft import tree
 from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
 from fjft.checkpoint.source import ModelFiles, TensorSource
+from fjft.distributed import fetch, is_first, wait
 from fjft.errors import UserError
 from fjft.models.heads import class_name, of_model
 from fjft.models.weights import Site, module_at
@@ -155,6 +156,7 @@ def stored_names(tensors: TensorSource, sites: Sequence[Site]) -> dict[str, str]
 def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
     """Writes a Hugging Face directory: weights, configs, tokenizer, chat template.
 
+    Of several processes all must call it; process 0 writes, a tensor at a time.
     Weights that were loaded in their own dtype and not trained come back bit for bit;
     those that lie in codes are read again from the model's source, so that none is
     written with what quantization changed.
@@ -202,7 +204,9 @@ def save_model(model: Any, directory: str | Path, dtype: Any = None) -> None:
     tensors.sort(key=lambda tensor: _natural(tensor.name))
     write_sharded(Path(directory), tensors)
     largest = max(params.values(), key=lambda p: p.size)
-    _write_companions(model, Path(directory), np.dtype(dtype or largest.dtype))
+    if is_first():
+        _write_companions(model, Path(directory), np.dtype(dtype or largest.dtype))
+    wait("save_model")
 
 
 def _out_tensor(
@@ -211,7 +215,7 @@ def _out_tensor(
     dtype = np.dtype(dtype or param.dtype)
 
     def produce() -> np.ndarray:
-        part = np.asarray(jax.device_get(param[place] if place else param))
+        part = fetch(param[place] if place else param)
         return (part.T if site.transpose else part).astype(dtype, copy=False)
 
     return OutTensor(name, dtype, site.hf_shape(param.shape), produce)

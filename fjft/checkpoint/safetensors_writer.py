@@ -1,7 +1,8 @@
 """Writes safetensors files tensor by tensor, whole or not at all.
 
 Every header is known before the first byte of data, so only the tensor being written
-is in memory. Files are written under a temporary name, synced, then renamed.
+is in memory. Files are written under a temporary name, synced, then renamed. Of several
+processes the first one writes; the others bring their parts of the tensors.
 """
 
 import errno
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fjft.checkpoint.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME
+from fjft.distributed import is_first
 from fjft.errors import UserError
 
 PT_METADATA = {"format": "pt"}
@@ -76,6 +78,9 @@ def write_whole(path: Path, needed: int, pieces: Iterable[Any]) -> None:
     Raises:
       UserError: No space left, or the place is not writable.
     """
+    if not is_first():
+        _pass_over(pieces)
+        return
     stage = _write_stage(path, needed, pieces)
     os.replace(stage, path)
     _sync_directory(path.parent)
@@ -116,6 +121,9 @@ def write_sharded(
     ]
     if len(shards) == 1:
         names = [SINGLE_NAME]
+    if not is_first():
+        _pass_over(itertools.chain.from_iterable(_content(s, {}) for s in shards))
+        return [directory / name for name in names]
     stages: list[Path] = []
     try:
         for name, shard in zip(names, shards, strict=True):
@@ -221,6 +229,12 @@ def _pieces(tensor: OutTensor) -> Iterator[memoryview]:
         )
 
 
+def _pass_over(pieces: Iterable[Any]) -> None:
+    """Has every piece made, which all processes do together."""
+    for _ in pieces:
+        pass
+
+
 def _write_stage(path: Path, needed: int, pieces: Iterable[Any]) -> Path:
     stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -254,6 +268,8 @@ def make_directory(directory: Path) -> None:
     Raises:
       UserError: The place is not writable.
     """
+    if not is_first():
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Measures and prints."""
     chosen = flags.parse(parser, argv)
+    flags.join_processes()
     if chosen.steps < 1 or chosen.warmup < 1:
         parser.error("--steps and --warmup are at least 1")
     measured = measure(

@@ -28,6 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads, judges, prints."""
     chosen = flags.parse(parser, argv)
+    flags.join_processes()
+    from fjft.distributed import is_first
+
     found = weights.choose(parser, chosen)
     judged, report = evaluate(found)
     print(found.describe())
@@ -35,7 +38,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         print(f"  {name:26} {value:.6g}")
     if report:
         print(report)
-    if chosen.output:
+    if chosen.output and is_first():
         text = json.dumps({"model": found.describe()} | judged, indent=2)
         path = Path(chosen.output)
         path.parent.mkdir(parents=True, exist_ok=True)

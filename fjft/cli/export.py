@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads, merges if asked, and writes."""
     chosen = flags.parse(parser, argv)
+    flags.join_processes()
     if chosen.dtype == "q8_0" and chosen.format != "gguf":
         parser.error("--dtype=q8_0 is for --format=gguf")
     output = Path(chosen.output)
@@ -221,6 +222,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> Any:
     import numpy as np
 
     from fjft import tree
+    from fjft.distributed import fetch
 
     graphdef, params = tree.split(model)
     model = tree.merge(graphdef, params)
@@ -233,7 +235,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> Any:
 
     with jax.default_matmul_precision("highest"):
         logits = apply(params, batch["input_ids"], batch["segment_ids"])
-    return np.asarray(logits, np.float32)[batch["segment_ids"] != 0]
+    return fetch(logits)[batch["segment_ids"] != 0].astype(np.float32)
 
 
 def _bare(model: Any) -> Any:

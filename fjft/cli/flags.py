@@ -1,7 +1,9 @@
 """Flags that commands share, and `--config.KEY=VALUE`."""
 
 import argparse
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -58,6 +60,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if overrides:
         flags.overrides = overrides
     return flags
+
+
+def join_processes() -> None:
+    """Joins the other processes of this run, if there are any; one speaks for all.
+
+    Raises:
+      UserError: There must be others, but they cannot be found.
+    """
+    from fjft import distributed
+
+    if distributed.start() and not distributed.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def load_config(flags: argparse.Namespace, **more: Any) -> Any:

@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Loads and answers."""
     chosen = flags.parse(parser, argv)
+    flags.join_processes()
     prompts = chosen.prompt + _read_prompts(chosen.file)
     if not prompts:
         parser.error("give --prompt or --file")

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Trains."""
     chosen = flags.parse(parser, argv)
+    flags.join_processes()
     config = flags.load_config(chosen)
     from fjft import build
     from fjft.training.loop import train

@@ -4,7 +4,7 @@ Global batch k depends on the seed and k alone. So the whole state is k, and nei
 restart nor another number of processes changes what is learned when.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ class Loader:
       seed: Chooses the order.
       num_epochs: Passes over the rows; None for no end.
       shuffle: Whether each epoch has its own order; False keeps that of `rows`.
-      process_index: Which part of each global batch is served here.
-      process_count: Into how many equal parts batches are divided.
+      shards: Which parts of each global batch are served here, in order.
+      num_shards: Into how many equal parts batches are divided.
 
     Attributes:
       batches_per_epoch: Batches in one pass.
@@ -43,7 +43,7 @@ class Loader:
       served: Batches served so far.
 
     Raises:
-      UserError: `batch_size` is not divisible by `process_count`, or not positive.
+      UserError: `batch_size` is not divisible by `num_shards`, or not positive.
     """
 
     def __init__(
@@ -54,22 +54,22 @@ class Loader:
         seed: int = 0,
         num_epochs: int | None = 1,
         shuffle: bool = True,
-        process_index: int = 0,
-        process_count: int = 1,
+        shards: Sequence[int] = (0,),
+        num_shards: int = 1,
     ):
-        if batch_size < 1 or batch_size % process_count:
-            below = batch_size - batch_size % process_count
-            usable = [str(n) for n in (below, below + process_count) if n > 0]
+        if batch_size < 1 or batch_size % num_shards:
+            below = batch_size - batch_size % num_shards
+            usable = [str(n) for n in (below, below + num_shards) if n > 0]
             raise UserError(
-                f"batch size {batch_size} is not divisible by {process_count} "
-                f"processes; use {' or '.join(usable)}"
+                f"batch size {batch_size} is not divisible by {num_shards} "
+                f"parts; use {' or '.join(usable)}"
             )
         self._rows = rows
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._process_index = process_index
-        self._process_count = process_count
+        self._shards = shards
+        self._shard_size = batch_size // num_shards
         self.batches_per_epoch = -(-len(rows) // batch_size)
         self.num_batches = (
             None if num_epochs is None else num_epochs * self.batches_per_epoch
@@ -116,8 +116,8 @@ class Loader:
         """Serves batches from number `start` to the end, leaving the state alone.
 
         Yields:
-          int32 [B / process_count, T] arrays `input_ids`, `labels`, `positions` and
-          `segment_ids`. T is the same on every process.
+          int32 [B / num_shards * len(shards), T] arrays `input_ids`, `labels`,
+          `positions` and `segment_ids`. T is the same on every process.
         """
         import grain
 
@@ -136,10 +136,11 @@ class Loader:
         """Builds this process's part of global batch `number`."""
         indices = self.choose_rows(number)
         length = self._rows.choose_length(indices)
-        size = self._batch_size // self._process_count
-        first = self._process_index * size
-        seed = self._seed, number // self.batches_per_epoch
-        return self._rows.assemble(indices[first : first + size], size, length, seed)
+        size, seed = self._shard_size, (self._seed, number // self.batches_per_epoch)
+        # What an epoch's last batch lacks, it lacks at its end.
+        here = [indices[shard * size : (shard + 1) * size] for shard in self._shards]
+        rows = np.concatenate(here)
+        return self._rows.assemble(rows, size * len(here), length, seed)
 
     def choose_rows(self, number: int) -> np.ndarray:
         """The rows of global batch `number`, over all processes; O(batch size)."""

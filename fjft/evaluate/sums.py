@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fjft.distributed import fetch
+
 
 class Tally:
     """Adds up an evaluation, batch by batch, on the host.
@@ -52,23 +54,7 @@ def add_up(
         # The next batch is sent off before the last one's numbers are waited for.
         pending, done = eval_step(batch), pending
         if done is not None:
-            tally.add(_fetch(done))
+            tally.add(fetch(done))
     if pending is not None:
-        tally.add(_fetch(pending))
+        tally.add(fetch(pending))
     return tally.result()
-
-
-def _fetch(judged: Any) -> Any:
-    """Brings everything to every process, also what lies on others' devices."""
-    if jax.process_count() == 1:
-        return jax.device_get(judged)
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(
-        lambda x: (
-            np.asarray(x)
-            if x.is_fully_replicated
-            else multihost_utils.process_allgather(x, tiled=True)
-        ),
-        judged,
-    )

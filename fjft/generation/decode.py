@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from fjft.distributed import fetch
 from fjft.errors import UserError
 from fjft.generation.beam import EARLY_STOPPING, BeamChoice, search_jit
 from fjft.generation.detokenize import Detokenizer
@@ -298,9 +298,7 @@ def _run(
     for end in ends:
         with use_mesh(mesh):
             state = decode_jit(params, state, choice, np.int32(end), graphdef=graphdef)
-        tokens, lengths, stopped = jax.device_get(
-            (state.tokens, state.lengths, state.stopped)
-        )
+        tokens, lengths, stopped = fetch((state.tokens, state.lengths, state.stopped))
         yield [tokens[i, : lengths[i]].tolist() for i in range(len(prompts))]
         if stopped.all():
             return
@@ -331,7 +329,7 @@ def _search(
             num_tokens=bucket(config.max_new_tokens),
             num_beams=config.num_beams,
         )
-    tokens, lengths = jax.device_get(found)
+    tokens, lengths = fetch(found)
     return [tokens[i, : lengths[i]].tolist() for i in range(len(prompts))]
 
 

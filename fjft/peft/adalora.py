@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fjft import tree
+from fjft.distributed import fetch
 from fjft.models.layers import Linear, Maker, dropout
 from fjft.models.weights import Site, module_at
 from fjft.peft import allocation, existing, saved, targets
@@ -179,7 +180,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
 
 def _nonzero(adapter: Adapter) -> np.ndarray:
     """Bool [L, R]: which triplets do anything; one layer where nothing is stacked."""
-    values = np.asarray(jax.device_get(adapter.e[...])) != 0
+    values = fetch(adapter.e[...]) != 0
     return values.reshape(len(adapter.ranks), -1)
 
 

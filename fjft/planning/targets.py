@@ -4,10 +4,10 @@ import dataclasses
 import math
 import os
 import re
-from pathlib import Path
 
 import jax
 
+from fjft.distributed import has_tpu
 from fjft.errors import UserError
 from fjft.telemetry_speed import peak_flops
 from fjft.training.fit import GIB
@@ -204,7 +204,7 @@ def _tpu_devices(name: str, chip: str, chips: int, slices: int) -> list:
             f"to plan for {name} without a TPU its compiler is needed, which runs on "
             "any Linux machine: pip install 'fjft[plan]'"
         )
-    if not _has_tpu():
+    if not has_tpu():
         # Otherwise libtpu asks the network what machine this is, and waits for it.
         for variable, value in _NO_MACHINE.items():
             os.environ.setdefault(variable, value)
@@ -227,12 +227,6 @@ def _tpu_devices(name: str, chip: str, chips: int, slices: int) -> list:
             f"target {name!r}: libtpu has no {layout} ({first}); another libtpu may"
         ) from error
     return list(found.devices)
-
-
-def _has_tpu() -> bool:
-    """Whether chips are plugged into this machine; asked of the kernel, not of JAX."""
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips)
 
 
 def _present() -> Target:

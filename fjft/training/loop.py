@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from fjft import sharding, tree
+from fjft import distributed, sharding, tree
 from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
@@ -67,6 +67,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
       UserError: The config, the data, the model or the disk will not do, or the loss
         is no longer a number.
     """
+    distributed.start()
     experiment = build_experiment(config)
     keep_programs(experiment.train.compilation_cache)
     directory = Path(experiment.checkpoint.directory)
@@ -75,7 +76,8 @@ def train(config: ml_collections.ConfigDict) -> Result:
     sharding.check_batch(
         experiment.train.batch_size, experiment.train.accumulation_steps, mesh
     )
-    screen = Screen(show=jax.process_index() == 0)
+    distributed.check_shared(directory)
+    screen = Screen(show=distributed.is_first())
     watcher = CompileWatcher()
     screen.say(_describe_devices(mesh))
 
@@ -98,6 +100,13 @@ def train(config: ml_collections.ConfigDict) -> Result:
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         closing.callback(watcher.close)
         run, state = build_run(experiment, mesh, files, rows, held_out)
+        distributed.check_same(
+            {
+                "config": json.dumps(config.to_dict()).encode(),
+                "training data": rows.lengths.tobytes(),
+                "held-out data": held_out.lengths.tobytes(),
+            }
+        )
         screen.say(_describe_model(run, state))
         _, unchanged = tree.partition(run.frozen, is_start)
         base = {"source": files.source, "digest": digest(unchanged)}
@@ -135,7 +144,7 @@ def _open_log(
 ) -> Writers:
     """Writes the resolved config, and opens the log where the run stands."""
     directory = Path(experiment.checkpoint.directory)
-    is_main_process = jax.process_index() == 0
+    is_main_process = distributed.is_first()
     if is_main_process:
         text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
         (directory / "config.json").write_text(text + "\n", "utf-8")
@@ -508,7 +517,7 @@ def _write_results(
     experiment: Experiment, model: Any, directory: Path, screen: Screen
 ) -> None:
     """The curve, and the adapter or the weights."""
-    if jax.process_index() == 0:
+    if distributed.is_first():
         draw_curve(directory / LOG_NAME, directory / "loss.png")
     if experiment.method.PEFT_TYPE is None:
         out = directory / "model"

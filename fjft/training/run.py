@@ -64,11 +64,19 @@ class Run(Program):
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> steps.Batch:
     """Puts this process's rows of a batch on its devices."""
-    rows = sharding.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(rows, array)
-        for name, array in batch.items()
-    }
+    rows, shards = sharding.batch_sharding(mesh), sharding.local_shards(mesh)
+
+    def place_column(local: np.ndarray) -> jax.Array:
+        size = len(local) // len(shards)
+        shape = size * sharding.data_shards(mesh), *local.shape[1:]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            first = shards.index((index[0].start or 0) // size) * size
+            return local[first : first + size]
+
+        return jax.make_array_from_callback(shape, rows, read)
+
+    return {name: place_column(column) for name, column in batch.items()}
 
 
 def build_run(
@@ -95,8 +103,8 @@ def build_run(
         seed=e.train.seed,
         num_epochs=None if e.train.max_steps else math.ceil(e.train.num_epochs),
         shuffle=e.data.shuffle,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        shards=sharding.local_shards(mesh),
+        num_shards=sharding.data_shards(mesh),
     )
     eval_loader = make_eval_loader(e, mesh, held_out) if len(held_out) else None
     if e.evaluate.eval_steps and eval_loader is None:
@@ -158,6 +166,6 @@ def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
         held_out,
         size,
         shuffle=False,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        shards=sharding.local_shards(mesh),
+        num_shards=sharding.data_shards(mesh),
     )

@@ -62,11 +62,7 @@ def test_order_does_not_depend_on_the_number_of_processes(
     rows = make_rows(packing=packing)
     whole = list(Loader(rows, 8, seed=1, num_epochs=2))
     parts = [
-        list(
-            Loader(
-                rows, 8, seed=1, num_epochs=2, process_index=p, process_count=processes
-            )
-        )
+        list(Loader(rows, 8, seed=1, num_epochs=2, shards=[p], num_shards=processes))
         for p in range(processes)
     ]
     joined = [
@@ -84,7 +80,7 @@ def test_resume_continues_with_the_same_batches(stop, make_rows):
     served = [batch for batch, _ in zip(loader, range(stop), strict=False)]
     # `zip` takes one batch more than it gives when the range ends first.
     state = {**loader.state(), "served": stop}
-    resumed = Loader(rows, 4, seed=5, num_epochs=2, process_count=1)
+    resumed = Loader(rows, 4, seed=5, num_epochs=2)
     resumed.restore(json.loads(json.dumps(state)))
     assert resumed.epoch == stop / resumed.batches_per_epoch
     assert_equal(served + list(resumed), whole)
@@ -151,7 +147,5 @@ def test_other_data_or_settings_are_refused(make_rows):
 
 
 def test_indivisible_batch_names_sizes_that_work(make_rows):
-    with pytest.raises(
-        UserError, match="10 is not divisible by 4 processes; use 8 or 12"
-    ):
-        Loader(make_rows(), 10, process_count=4)
+    with pytest.raises(UserError, match="10 is not divisible by 4 parts; use 8 or 12"):
+        Loader(make_rows(), 10, num_shards=4)

@@ -5,7 +5,7 @@ trained on it in the blink of an eye. Also a program, that a test may kill:
 
     python tests/training/tiny_experiment.py SOURCE DIRECTORY '{"train.max_steps": 3}'
 
-and with `PORT NUMBER COUNT` behind that, one of several that train together.
+which is one of several that train together where the environment says so.
 """
 
 import dataclasses
@@ -188,12 +188,7 @@ def main() -> int:
     from fjft.errors import UserError
     from fjft.training.loop import train
 
-    source, directory, overrides, *together = sys.argv[1:]
-    if together:
-        import jax
-
-        port, number, count = map(int, together)
-        jax.distributed.initialize(f"localhost:{port}", count, number)
+    source, directory, overrides = sys.argv[1:]
     names = {k.replace(".", "__"): v for k, v in json.loads(overrides).items()}
     try:
         train(make_config(source, directory, **names))
