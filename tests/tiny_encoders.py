@@ -23,10 +23,13 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 3,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 _DEBERTA = SHAPE | {"relative_attention": True}
-_MODERN_NAMES = ("type_vocab_size", "hidden_act", "layer_norm_eps")
-_MODERN = {k: v for k, v in SHAPE.items() if k not in _MODERN_NAMES} | {
+_NOT_MODERN = {"type_vocab_size", "hidden_act", "layer_norm_eps"}
+_NOT_MODERN |= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+_MODERN = {k: v for k, v in SHAPE.items() if k not in _NOT_MODERN} | {
     "hidden_activation": "relu",
     "classifier_activation": "silu",
     "norm_eps": 3e-3,

@@ -104,6 +104,8 @@ def architecture(fields: Fields) -> AlbertArchitecture:
     """Reads the config of an `albert` checkpoint."""
     # Newer versions of transformers pass over what was once an option.
     fields.expect_undeclared("position_embedding_type", "absolute")
+    hidden_dropout = fields.take("hidden_dropout_prob")
+    classifier_dropout = fields.take("classifier_dropout_prob")
     arch = AlbertArchitecture(
         base_name="albert",
         vocab_size=fields.take("vocab_size"),
@@ -125,18 +127,23 @@ def architecture(fields: Fields) -> AlbertArchitecture:
         initializer_range=fields.take("initializer_range"),
         cutoff=None,
         dropout=Dropout(
-            hidden=fields.take("hidden_dropout_prob"),
+            embedding=hidden_dropout,
             attention=fields.take("attention_probs_dropout_prob"),
-            classifier=fields.take("classifier_dropout_prob"),
+            attention_output=hidden_dropout,
+            mlp=0.0,
         ),
         plan=Plan(kind=heads.find(fields.architecture)),
     )
     tied = fields.take("tie_word_embeddings")
-    plan = _plan(arch, tied=tied, num_labels=fields.num_labels)
+    plan = _plan(
+        arch, tied=tied, num_labels=fields.num_labels, dropout=classifier_dropout
+    )
     return dataclasses.replace(arch, plan=plan)
 
 
-def _plan(arch: AlbertArchitecture, *, tied: bool, num_labels: int) -> Plan:
+def _plan(
+    arch: AlbertArchitecture, *, tied: bool, num_labels: int, dropout: float
+) -> Plan:
     kind, std = arch.plan.kind, arch.initializer_range
     if kind == "masked_lm":
         plan = encoder_head.masked_lm(
@@ -155,8 +162,14 @@ def _plan(arch: AlbertArchitecture, *, tied: bool, num_labels: int) -> Plan:
         )
     plan = arch.plan
     if kind != "base":
-        output = "qa_outputs" if kind == "question_answering" else "classifier"
-        plan = encoder_head.classifier(kind, output, num_labels=num_labels, std=std)
+        is_qa = kind == "question_answering"
+        plan = encoder_head.classifier(
+            kind,
+            "qa_outputs" if is_qa else "classifier",
+            num_labels=num_labels,
+            std=std,
+            dropout=0.0 if is_qa else dropout,
+        )
     if kind in ("question_answering", "token_classification"):
         return plan
     return dataclasses.replace(

@@ -66,18 +66,21 @@ def architecture(fields: Fields) -> Architecture:
         initializer_range=fields.take("initializer_range"),
         cutoff=None,
         dropout=Dropout(
-            hidden=hidden_dropout,
+            embedding=hidden_dropout,
             attention=fields.take("attention_probs_dropout_prob"),
-            classifier=classifier_dropout,
+            attention_output=hidden_dropout,
+            mlp=hidden_dropout,
         ),
         plan=Plan(kind=heads.find(fields.architecture)),
     )
     tied = fields.take("tie_word_embeddings")
-    plan = _plan(arch, tied=tied, num_labels=fields.num_labels)
+    plan = _plan(
+        arch, tied=tied, num_labels=fields.num_labels, dropout=classifier_dropout
+    )
     return dataclasses.replace(arch, plan=plan)
 
 
-def _plan(arch: Architecture, *, tied: bool, num_labels: int) -> Plan:
+def _plan(arch: Architecture, *, tied: bool, num_labels: int, dropout: float) -> Plan:
     kind, family, std = arch.plan.kind, arch.base_name, arch.initializer_range
     if kind == "masked_lm":
         plan = _masked_lm(arch, tied)
@@ -89,16 +92,19 @@ def _plan(arch: Architecture, *, tied: bool, num_labels: int) -> Plan:
         if family == "electra":
             return arch.plan
         return dataclasses.replace(arch.plan, dense=f"{family}.pooler.dense", **pooler)
+    numbers = {"num_labels": num_labels, "std": std, "dropout": dropout}
     if kind == "sequence_classification":
         dense, output = "bert.pooler.dense", "classifier"
         if family != "bert":  # the head has a pooler of its own
             dense, output = "classifier.dense", "classifier.out_proj"
+            pooler["input_dropout"] = dropout
         if family == "electra":
             pooler["activation"] = "gelu"
-        plan = encoder_head.classifier(kind, output, num_labels=num_labels, std=std)
+        plan = encoder_head.classifier(kind, output, **numbers)
         return dataclasses.replace(plan, dense=dense, **pooler)
-    output = "qa_outputs" if kind == "question_answering" else "classifier"
-    return encoder_head.classifier(kind, output, num_labels=num_labels, std=std)
+    if kind == "question_answering":
+        return encoder_head.classifier(kind, "qa_outputs", **numbers | {"dropout": 0.0})
+    return encoder_head.classifier(kind, "classifier", **numbers)
 
 
 def _masked_lm(arch: Architecture, tied: bool) -> Plan:

@@ -16,6 +16,7 @@ from fjft.models.layers import (
     Maker,
     RMSNorm,
     dropout,
+    own_key,
 )
 from fjft.models.mask import Mask
 from fjft.models.prompt import Prefix
@@ -168,6 +169,7 @@ class Attention(nnx.Module):
             make, "o", (size, heads), ("embed", "heads"), bias=arch.bias, std=stds.o
         )
         self.side = side
+        self.dropout = arch.dropout.attention
 
     def keys_values(
         self, x_BSD: Float[Array, "B S D"], rng: Key[Array, ""] | None
@@ -185,7 +187,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         q = self._split(self.q(x_BTD, rng))
         out = attention(
-            q, *keys_values, mask, scale=self.side.attention_scale, bias_BNTS=bias
+            q,
+            *keys_values,
+            mask,
+            scale=self.side.attention_scale,
+            bias_BNTS=bias,
+            dropout=self.dropout,
+            rng=own_key(rng, "attention dropout"),
         )
         return self.o(out.reshape(*x_BTD.shape[:2], -1), rng)
 

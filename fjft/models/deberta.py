@@ -109,7 +109,7 @@ class Deberta(Encoder):
             key = None if rng is None else jax.random.fold_in(rng, layer)
             x = block(x, context, key)
             if block.has_conv and self.conv is not None:
-                x = self.conv(embedded_BTD, x, segment_ids_BT)
+                x = self.conv(embedded_BTD, x, segment_ids_BT, key)
             return x
 
         return self.layers.scan(body, x_BTD, REMAT_POLICIES[remat])
@@ -132,7 +132,6 @@ def architecture(fields: Fields) -> DebertaArchitecture:
     buckets = fields.undeclared("position_buckets", -1)
     terms = fields.take("pos_att_type") or ()
     hidden_dropout = fields.take("hidden_dropout_prob")
-    fields.ignore("pooler_dropout")
     conv_size = max(fields.undeclared("conv_kernel_size", 0), 0)
     if conv_size and conv_size % 2 == 0:
         raise UserError(f"deberta-v2 config: conv_kernel_size={conv_size} is not odd")
@@ -159,9 +158,10 @@ def architecture(fields: Fields) -> DebertaArchitecture:
         initializer_range=fields.take("initializer_range"),
         cutoff=None,
         dropout=Dropout(
-            hidden=hidden_dropout,
+            embedding=hidden_dropout,
             attention=fields.take("attention_probs_dropout_prob"),
-            classifier=fields.undeclared("cls_dropout", hidden_dropout),
+            attention_output=hidden_dropout,
+            mlp=hidden_dropout,
         ),
         plan=Plan(kind=heads.find(fields.architecture)),
         relative=fields.take("relative_attention"),
@@ -174,13 +174,19 @@ def architecture(fields: Fields) -> DebertaArchitecture:
         conv_size=conv_size,
         conv_groups=fields.undeclared("conv_groups", 1),
         conv_activation=conv_activation,
+        hidden_dropout=hidden_dropout,
     )
+    classifier_dropout = fields.undeclared("cls_dropout", None)
+    if classifier_dropout is None:
+        classifier_dropout = hidden_dropout
     plan = _plan(
         arch,
         tied=fields.take("tie_word_embeddings"),
         legacy=fields.take("legacy"),
         pooler_activation=fields.choose("pooler_hidden_act", ACTIVATIONS),
         num_labels=fields.num_labels,
+        pooler_dropout=fields.take("pooler_dropout"),
+        classifier_dropout=classifier_dropout,
     )
     return dataclasses.replace(arch, plan=plan)
 
@@ -192,6 +198,8 @@ def _plan(
     legacy: bool,
     pooler_activation: str,
     num_labels: int,
+    pooler_dropout: float,
+    classifier_dropout: float,
 ) -> Plan:
     kind, std = arch.plan.kind, arch.initializer_range
     if kind == "base":
@@ -211,8 +219,18 @@ def _plan(
             activation=arch.activation,
             norm_eps=arch.norm_eps,
         )
-    output = "qa_outputs" if kind == "question_answering" else "classifier"
-    plan = encoder_head.classifier(kind, output, num_labels=num_labels, std=std)
+    dropouts = {
+        "sequence_classification": classifier_dropout,
+        "token_classification": arch.hidden_dropout,
+        "question_answering": 0.0,
+    }
+    plan = encoder_head.classifier(
+        kind,
+        "qa_outputs" if kind == "question_answering" else "classifier",
+        num_labels=num_labels,
+        std=std,
+        dropout=dropouts[kind],
+    )
     if kind != "sequence_classification":
         return plan
     return dataclasses.replace(
@@ -221,6 +239,7 @@ def _plan(
         dense_size=arch.hidden_size,
         dense_std=std,
         activation=pooler_activation,
+        input_dropout=pooler_dropout,
     )
 
 

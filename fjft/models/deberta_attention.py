@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.attention import attention
 from fjft.models.encoder_block import Architecture, Block, SelfAttention
-from fjft.models.layers import ACTIVATIONS, LayerNorm, Linear, Maker, normal
+from fjft.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    Maker,
+    dropout,
+    normal,
+    own_key,
+)
 from fjft.models.mask import Mask
 
 
@@ -34,6 +42,8 @@ class DebertaArchitecture(Architecture):
       conv_size: Tokens that the convolution beside the first layer sees; 0 is none.
       conv_groups: Groups of channels that it keeps apart.
       conv_activation: A key of `ACTIVATIONS`.
+      hidden_dropout: Share that training drops of the vectors of relative positions,
+        and of what the convolution gives.
     """
 
     relative: bool
@@ -46,6 +56,7 @@ class DebertaArchitecture(Architecture):
     conv_size: int
     conv_groups: int
     conv_activation: str
+    hidden_dropout: float
 
 
 Context = tuple[Mask, Float[Array, "R D"] | None]
@@ -79,8 +90,19 @@ class DisentangledAttention(SelfAttention):
         scale = (self.head_dim * (1 + len(self.arch.terms))) ** -0.5
         bias = None
         if positions_RD is not None and self.arch.terms:
+            key = own_key(rng, "position dropout")
+            positions_RD = dropout(positions_RD, self.arch.hidden_dropout, key)
             bias = self.position_scores(q, k, positions_RD, rng) * scale
-        out = attention(q, k, v, mask, scale=scale, bias_BNTS=bias)
+        out = attention(
+            q,
+            k,
+            v,
+            mask,
+            scale=scale,
+            bias_BNTS=bias,
+            dropout=self.dropout,
+            rng=own_key(rng, "attention dropout"),
+        )
         return self.o(out.reshape(x_BTD.shape), rng)
 
     def position_scores(
@@ -148,6 +170,7 @@ class Convolution(nnx.Module):
         embedded_BTD: Float[Array, "B T D"],
         x_BTD: Float[Array, "B T D"],
         segment_ids_BT: Int[Array, "B T"],
+        rng: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
         B, T, D = embedded_BTD.shape
         groups, width = self.arch.conv_groups, self.arch.conv_size
@@ -170,6 +193,7 @@ class Convolution(nnx.Module):
         y = jnp.einsum("BTgik,goik->BTgo", taps_BTgik, weight_goik).reshape(B, T, D)
         y = y + self.bias[...].astype(y.dtype)[None, None]
         y = jnp.where((segment_ids_BT != 0)[..., None], y, 0)
+        y = dropout(y, self.arch.hidden_dropout, own_key(rng, "convolution"))
         return self.norm(x_BTD + ACTIVATIONS[self.arch.conv_activation](y))
 
 

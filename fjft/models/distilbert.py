@@ -53,18 +53,20 @@ def architecture(fields: Fields) -> Architecture:
         initializer_range=fields.take("initializer_range"),
         cutoff=None,
         dropout=Dropout(
-            hidden=hidden_dropout,
+            embedding=hidden_dropout,
             attention=fields.take("attention_dropout"),
-            classifier=dropouts.get(kind, hidden_dropout),
+            attention_output=0.0,
+            mlp=hidden_dropout,
         ),
         plan=Plan(kind=kind),
     )
     tied = fields.take("tie_word_embeddings")
-    plan = _plan(arch, tied=tied, num_labels=fields.num_labels)
+    dropout = dropouts.get(kind, hidden_dropout)
+    plan = _plan(arch, tied=tied, num_labels=fields.num_labels, dropout=dropout)
     return dataclasses.replace(arch, plan=plan)
 
 
-def _plan(arch: Architecture, *, tied: bool, num_labels: int) -> Plan:
+def _plan(arch: Architecture, *, tied: bool, num_labels: int, dropout: float) -> Plan:
     kind, std = arch.plan.kind, arch.initializer_range
     if kind == "base":
         return arch.plan
@@ -82,7 +84,9 @@ def _plan(arch: Architecture, *, tied: bool, num_labels: int) -> Plan:
         )
         return encoder_head.with_outputs(plan, "vocab_projector", tied=tied)
     output = "qa_outputs" if kind == "question_answering" else "classifier"
-    plan = encoder_head.classifier(kind, output, num_labels=num_labels, std=std)
+    plan = encoder_head.classifier(
+        kind, output, num_labels=num_labels, std=std, dropout=dropout
+    )
     if kind != "sequence_classification":
         return plan
     return dataclasses.replace(

@@ -134,7 +134,7 @@ class Encoder(nnx.Module):
                 before = (0, 0), (num_virtual, 0)
                 token_type_ids_BT = jnp.pad(token_type_ids_BT, before)
         x_BTD = self.embed(
-            input_ids_BT, positions_BT, segment_ids_BT, token_type_ids_BT
+            input_ids_BT, positions_BT, segment_ids_BT, token_type_ids_BT, rng
         )
         if num_virtual:
             x_BTD = only_segment(x_BTD, segment_ids_BT)

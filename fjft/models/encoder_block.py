@@ -18,6 +18,8 @@ from fjft.models.layers import (
     Linear,
     Maker,
     adapted,
+    dropout,
+    own_key,
 )
 from fjft.models.prompt import prepend_vectors
 from fjft.sharding import constrain
@@ -25,11 +27,19 @@ from fjft.sharding import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """The probabilities that the config names; no forward pass drops anything yet."""
+    """Shares that are dropped in training, by what they are dropped of.
 
-    hidden: float
+    Attributes:
+      embedding: The normed embeddings.
+      attention: The attention probabilities.
+      attention_output: What attention adds to the residual stream.
+      mlp: What the MLP adds to it; in ModernBERT, what the MLP's last map reads.
+    """
+
+    embedding: float
     attention: float
-    classifier: float
+    attention_output: float
+    mlp: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +157,13 @@ class Embeddings(nnx.Module):
             table = self.positions.weight[...].astype(dtype)
             places = positions_BS + arch.position_offset
             x = x + jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan)
-        if self.project is None:
-            return self.norm(x)
-        if arch.projection == "before":
-            return self.norm(self.project(x, rng))
-        return self.project(self.norm(x), rng)
+        if self.project is not None and arch.projection == "before":
+            x = self.project(x, rng)
+        key = own_key(rng, "embedding dropout")
+        x = dropout(self.norm(x), arch.dropout.embedding, key)
+        if self.project is not None and arch.projection == "after":
+            x = self.project(x, rng)
+        return x
 
 
 class SelfAttention(nnx.Module):
@@ -165,6 +177,7 @@ class SelfAttention(nnx.Module):
         )
         self.o = Linear(make, "o", sizes, ("embed", "heads"), bias=True, std=std)
         self.head_dim = arch.head_dim
+        self.dropout = arch.dropout.attention
 
     def __call__(
         self,
@@ -173,7 +186,15 @@ class SelfAttention(nnx.Module):
         rng: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
         q, k, v = (self.split(f(x_BTD, rng)) for f in (self.q, self.k, self.v))
-        out = attention(q, k, v, context, scale=self.head_dim**-0.5)
+        out = attention(
+            q,
+            k,
+            v,
+            context,
+            scale=self.head_dim**-0.5,
+            dropout=self.dropout,
+            rng=own_key(rng, "attention dropout"),
+        )
         return self.o(out.reshape(x_BTD.shape), rng)
 
     def split(self, x: Float[Array, "*B NH"]) -> Float[Array, "*B N H"]:
@@ -208,14 +229,19 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(make, size, eps=arch.norm_eps, bias=True)
         self.adapter: Any = nnx.data(None)
         self.activation = arch.activation
+        self.dropout = arch.dropout
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: Any, rng: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
         out, norm = self.attention(x_BTD, context, rng), self.attention_norm
+        out = dropout(
+            out, self.dropout.attention_output, own_key(rng, "attention output")
+        )
         out = adapted(self.adapter, "attention", out, x_BTD, norm, rng)
         x_BTD = norm(x_BTD + out)
         hidden = ACTIVATIONS[self.activation](self.up(x_BTD, rng))
         out, norm = self.down(hidden, rng), self.mlp_norm
+        out = dropout(out, self.dropout.mlp, own_key(rng, "mlp output"))
         x_BTD = norm(x_BTD + adapted(self.adapter, "mlp", out, x_BTD, norm, rng))
         return constrain(x_BTD, "batch", "sequence", None)

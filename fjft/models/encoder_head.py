@@ -15,6 +15,8 @@ from fjft.models.layers import (
     Linear,
     Maker,
     Terms,
+    dropout,
+    own_key,
     sum_terms,
 )
 from fjft.models.weights import Row, linear_rows, norm_rows
@@ -49,6 +51,8 @@ class Plan:
         beside an untied `output` and does not use.
       tied_alias: A name under which a checkpoint may hold the embeddings once more.
       cutoff: Multiple of the deviation beyond which no new weight lies; None is any.
+      input_dropout: Share that training drops of the vectors that come in.
+      output_dropout: Share that it drops of what the outputs are made from.
     """
 
     kind: str
@@ -70,6 +74,8 @@ class Plan:
     spare: str = ""
     tied_alias: str = ""
     cutoff: float | None = None
+    input_dropout: float = 0.0
+    output_dropout: float = 0.0
 
     def rows(self) -> tuple[Row, ...]:
         """The head's part of a name table."""
@@ -145,7 +151,9 @@ def masked_lm(
     return dataclasses.replace(plan, output=decoder, bias_alias=bias, spare=bias)
 
 
-def classifier(kind: str, output: str, *, num_labels: int, std: float) -> Plan:
+def classifier(
+    kind: str, output: str, *, num_labels: int, std: float, dropout: float
+) -> Plan:
     """A head that tells labels apart; the caller adds what comes before.
 
     Raises:
@@ -163,6 +171,7 @@ def classifier(kind: str, output: str, *, num_labels: int, std: float) -> Plan:
         output=output,
         output_std=std,
         num_outputs=num_labels,
+        output_dropout=dropout,
     )
 
 
@@ -213,9 +222,13 @@ class Head(nnx.Module):
         self, x: Float[Array, "*B D"], rng: Key[Array, ""] | None = None
     ) -> Float[Array, "*B E"]:
         """All but the outputs; for the bare model, the pooler."""
+        plan = self.plan
+        x = dropout(x, plan.input_dropout, own_key(rng, "head input"))
         if self.dense is not None:
-            x = ACTIVATIONS[self.plan.activation](self.dense(x, rng))
-        return x if self.norm is None else self.norm(x)
+            x = ACTIVATIONS[plan.activation](self.dense(x, rng))
+        if self.norm is not None:
+            x = self.norm(x)
+        return dropout(x, plan.output_dropout, own_key(rng, "head output"))
 
     def __call__(
         self,

@@ -107,7 +107,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*B out"]:
         if self.adapter is None:
             return self.base(x)
-        return self.adapter(self, x, _own_key(rng, self.name))
+        return self.adapter(self, x, own_key(rng, self.name))
 
     def base(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The map without its adapter."""
@@ -129,7 +129,7 @@ class Linear(nnx.Module):
         own = ((x, self.weight[...]),)
         if self.adapter is None:
             return own
-        return own + self.adapter.terms(x, _own_key(rng, self.name))
+        return own + self.adapter.terms(x, own_key(rng, self.name))
 
     def quantize(self, name: str) -> None:
         """Puts codes and scales, all zero, in the weight's place.
@@ -141,8 +141,8 @@ class Linear(nnx.Module):
             self.weight = nnx.data(Quantized(name, self.weight))
 
 
-def _own_key(rng: jax.Array | None, name: str) -> jax.Array | None:
-    """A key for what is random in the map of this name."""
+def own_key(rng: jax.Array | None, name: str) -> jax.Array | None:
+    """A key for what is random in the map, or the place, of this name."""
     return None if rng is None else jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
@@ -274,7 +274,7 @@ def adapted(
     """
     if adapter is None:
         return out
-    return adapter(sublayer, out, x, norm, _own_key(rng, f"{sublayer} adapter"))
+    return adapter(sublayer, out, x, norm, own_key(rng, f"{sublayer} adapter"))
 
 
 class TiedHead(nnx.Module):
@@ -294,7 +294,7 @@ class TiedHead(nnx.Module):
         own = table.terms(x)
         if self.adapter is None:
             return own
-        return own + self.adapter.terms(x, _own_key(rng, "lm_head"))
+        return own + self.adapter.terms(x, own_key(rng, "lm_head"))
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:

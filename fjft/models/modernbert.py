@@ -23,6 +23,8 @@ from fjft.models.layers import (
     Linear,
     Maker,
     Stack,
+    dropout,
+    own_key,
 )
 from fjft.models.mask import Mask, Places
 from fjft.models.weights import Row, linear_rows, norm_rows
@@ -119,14 +121,26 @@ class Block(nnx.Module):
         qkv = self.qkv(normed, rng).reshape(B, T, 3, -1, self.arch.head_dim)
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
-        out = attention(q, k, v, mask, scale=self.arch.head_dim**-0.5)
-        x_BTD = x_BTD + self.o(out.reshape(x_BTD.shape), rng)
+        rates = self.arch.dropout
+        out = attention(
+            q,
+            k,
+            v,
+            mask,
+            scale=self.arch.head_dim**-0.5,
+            dropout=rates.attention,
+            rng=own_key(rng, "attention dropout"),
+        )
+        out = self.o(out.reshape(x_BTD.shape), rng)
+        key = own_key(rng, "attention output")
+        x_BTD = x_BTD + dropout(out, rates.attention_output, key)
         both = self.up(self.mlp_norm(x_BTD), rng)
         gate, up = (
             both.reshape(B, T, 2, -1)[:, :, 0],
             both.reshape(B, T, 2, -1)[:, :, 1],
         )
         hidden = ACTIVATIONS[self.arch.activation](gate) * up
+        hidden = dropout(hidden, rates.mlp, own_key(rng, "mlp dropout"))
         x_BTD = x_BTD + self.down(hidden, rng)
         return constrain(x_BTD, "batch", "sequence", None)
 
@@ -197,6 +211,7 @@ def architecture(fields: Fields) -> ModernBertArchitecture:
     types = fields.take("layer_types")
     limit = fields.take("max_position_embeddings")
     parameters = fields.take("rope_parameters")
+    attention_dropout = fields.take("attention_dropout")
     arch = ModernBertArchitecture(
         base_name="model",
         vocab_size=fields.take("vocab_size"),
@@ -216,9 +231,10 @@ def architecture(fields: Fields) -> ModernBertArchitecture:
         initializer_range=std,
         cutoff=fields.take("initializer_cutoff_factor"),
         dropout=Dropout(
-            hidden=fields.take("mlp_dropout"),
-            attention=fields.take("attention_dropout"),
-            classifier=fields.take("classifier_dropout"),
+            embedding=fields.take("embedding_dropout"),
+            attention=attention_dropout,
+            attention_output=attention_dropout,
+            mlp=fields.take("mlp_dropout"),
         ),
         plan=Plan(kind=heads.find(fields.architecture)),
         kinds=tuple(
@@ -238,7 +254,6 @@ def architecture(fields: Fields) -> ModernBertArchitecture:
         mlp_bias=fields.take("mlp_bias"),
         residual_std=std / math.sqrt(2 * num_layers),
     )
-    fields.ignore("embedding_dropout")
     return dataclasses.replace(arch, plan=_plan(arch, fields))
 
 
@@ -249,6 +264,7 @@ def _plan(arch: ModernBertArchitecture, fields: Fields) -> Plan:
     pooling = fields.choose("classifier_pooling", ("cls", "mean"))
     dense_bias = fields.take("classifier_bias")
     activation = fields.choose("classifier_activation", ACTIVATIONS)
+    classifier_dropout = fields.take("classifier_dropout")
     if kind == "base":
         return arch.plan
     if kind == "masked_lm":
@@ -264,6 +280,7 @@ def _plan(arch: ModernBertArchitecture, fields: Fields) -> Plan:
             "classifier",
             num_labels=fields.num_labels,
             std=arch.hidden_size**-0.5,
+            dropout=classifier_dropout,
         )
     if kind == "sequence_classification" and pooling == "mean":
         plan = dataclasses.replace(plan, pooling="mean")

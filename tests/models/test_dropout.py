@@ -1,15 +1,23 @@
-"""Dropout of activations and of attention probabilities."""
+"""Dropout: what is drawn, and that every family drops what `transformers` drops."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+import tiny_encoders
+import tiny_seq2seq
+import torch
 
+from fjft import tree
 from fjft.models.attention import attention
 from fjft.models.layers import dropout
 from fjft.models.mask import Mask, Places
 
 RATE = 0.3
+CLASSIFIER = "bert/tanh-gelu/sequence_classification"
 
 
 def test_a_share_is_dropped_and_the_mean_kept():
@@ -54,3 +62,86 @@ def test_attention_drops_probabilities_and_keeps_their_mean():
         ).sum()
     )(v)
     assert np.isfinite(gradient).all()
+
+
+@pytest.fixture
+def scales_alone(monkeypatch):
+    """Here and in torch, what would be dropped is kept, and scaled up as the rest is.
+
+    Outputs are then equal if, and only if, both drop the same shares at all places.
+    """
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "dropout",
+        lambda x, p=0.5, training=True, inplace=False: x / (1 - p) if training else x,
+    )
+    monkeypatch.setattr(
+        jax.random, "bernoulli", lambda key, p, shape: jnp.ones(shape, bool)
+    )
+
+
+def _rates(config) -> dict[str, float]:
+    """Another rate for each field of a config that is one."""
+    names = [name for name in config.to_dict() if "dropout" in name]
+    if config.model_type == "deberta-v2":
+        names.append("cls_dropout")  # which its class does not declare
+    return {name: 0.1 + 0.05 * i for i, name in enumerate(sorted(names))}
+
+
+@pytest.mark.parametrize("case", tiny_encoders.CASES)
+@pytest.mark.usefixtures("scales_alone")
+def test_encoders_drop_what_torch_drops(case):
+    config = tiny_encoders.make_config(case)
+    config = tiny_encoders.make_config(case, **_rates(config))
+    twin = tiny_encoders.make_torch(case, config).train()
+    ids = tiny.random_ids(2, 12) // 2 + 8
+    theirs = tiny_encoders.torch_outputs(twin, ids)
+    model = tiny.build_model(tiny.memory_files(twin))
+    rng = jax.random.key(0)
+    with jax.disable_jit():
+        hidden = model.encode(jnp.asarray(ids), None, None, None, rng=rng)
+        ours = model.predict(hidden, rng=rng)
+    assert tiny.max_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("case", tiny_seq2seq.CASES)
+@pytest.mark.usefixtures("scales_alone")
+def test_encoder_decoders_drop_what_torch_drops(case):
+    config = tiny_seq2seq.make_config(case)
+    config = tiny_seq2seq.make_config(case, **_rates(config))
+    twin = tiny_seq2seq.make_torch(config).train()
+    source, target = (tiny_seq2seq.random_ids(2, n, seed=n) for n in (9, 7))
+    theirs = tiny_seq2seq.torch_logits(twin, input_ids=source, decoder_input_ids=target)
+    model = tiny.build_model(tiny.memory_files(twin))
+    rng, places = jax.random.key(0), jnp.broadcast_to(jnp.arange(7), (2, 7))
+    with jax.disable_jit():
+        memory = model.encode(jnp.asarray(source), rng=rng)
+        x = model.embed(jnp.asarray(target))
+        ones = jnp.ones_like(places)
+        x, _ = model.backbone(x, places, ones, memory=memory, rng=rng)
+        ours = model.unembed(x)
+    assert tiny.max_error(ours, theirs) < 1e-4
+
+
+def test_each_pass_draws_anew_and_the_backward_pass_the_same_again():
+    """At rates in all places: losses by key, and gradients with and without remat."""
+    config = tiny_encoders.make_config(CLASSIFIER)
+    config = tiny_encoders.make_config(CLASSIFIER, **_rates(config))
+    twin = tiny_encoders.make_torch(CLASSIFIER, config)
+    graphdef, params = tree.split(tiny.build_model(tiny.memory_files(twin)))
+    ids = jnp.asarray(tiny.random_ids(2, 12) // 2 + 8)
+
+    @functools.partial(jax.jit, static_argnames="remat")
+    @jax.value_and_grad
+    def loss(params, rng, remat="none"):
+        model = tree.merge(graphdef, params)
+        hidden = model.encode(ids, None, None, None, rng=rng, remat=remat)
+        return jnp.square(model.predict(hidden, rng=rng)).sum()
+
+    first, grads = loss(params, jax.random.key(0))
+    other, _ = loss(params, jax.random.key(1))
+    again, same = loss(params, jax.random.key(0), remat="full")
+    assert float(first) != pytest.approx(float(other), rel=1e-3)
+    assert float(first) == pytest.approx(float(again), rel=1e-6)
+    for path, grad in grads.items():
+        assert tiny.relative_error(grad, same[path]) < 1e-5, path

@@ -47,7 +47,7 @@ def test_copies_of_the_embeddings_are_passed_over():
     twin = tiny_seq2seq.torch_model("t5/relu-tied")
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     model = tiny.build_model(_files(twin, **{unused: np.ones((12, 4), np.float32)}))
-    assert model.lm_head is None
+    assert model.arch.ties_head
     assert model.arch.logit_scale == 24**-0.5
 
 
