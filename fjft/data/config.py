@@ -43,7 +43,7 @@ class Config:
       text_columns: The column that is read where labels are learned, or hidden tokens;
         two, with a comma, are a pair, or a question and the text that answers it;
         of three texts two belong together and the last does not, and none are the
-        first two messages of a chat.
+        first two messages of a chat. Where one text becomes another, they are these.
         Where each word has a tag, it holds a list.
       label_column: The column of the label: a name or a number; several of them, as a
         list or with commas, where an example may have several; a list of tags; or a

@@ -8,7 +8,16 @@ decide.
 
 import types
 
-from fjft.data import groups, labelled, masked, preferences, questions, tagged, tokenize
+from fjft.data import (
+    groups,
+    labelled,
+    masked,
+    preferences,
+    questions,
+    seq2seq,
+    tagged,
+    tokenize,
+)
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
@@ -17,5 +26,6 @@ ENCODERS: dict[str, types.ModuleType] = {
     "masked": masked,
     "preferences": preferences,
     "questions": questions,
+    "seq2seq": seq2seq,
     "tagged": tagged,
 }

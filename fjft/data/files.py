@@ -203,6 +203,20 @@ def _read_yaml(stream: BinaryIO) -> Iterator[Record]:
         yield {}, mark.line + 1 if mark else None, "not valid YAML"
 
 
+def _read_dictionary(stream: BinaryIO) -> Iterator[Record]:
+    """A word and what it stands for in each line, as CMUdict has them.
+
+    What follows ` #` is a comment; of words with several lines, `a` and `a(2)`, the
+    first counts, so that no word is both learned and held out.
+    """
+    for number, line in enumerate(_decode(stream), 1):
+        word, _, meaning = f" {line}".partition(" #")[0].strip().partition(" ")
+        if _is_broken(line):
+            yield {}, number, "not UTF-8"
+        elif word and not word.endswith(")"):
+            yield {"source": word, "target": meaning.strip()}, number, None
+
+
 SUFFIXES = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
@@ -210,6 +224,7 @@ SUFFIXES = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".dict": _read_dictionary,
     ".yml": _read_yaml,
     ".yaml": _read_yaml,
 }

@@ -24,8 +24,9 @@ def read_rows(sources: str | Sequence[str], split: str = "train") -> Iterator[Ro
 
     Args:
       sources: Specs as `Config.train` describes them. Formats go by suffix: `.jsonl`,
-        `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, `.yml`, `.yaml`; all but Parquet
-        may also end in `.gz`. A directory means every such file below it, sorted.
+        `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, `.dict`, `.yml`, `.yaml`; all but
+        Parquet may also end in `.gz`. A directory means every such file below it,
+        sorted.
       split: The split of a Hugging Face dataset whose spec names none.
 
     Yields:

@@ -15,6 +15,7 @@ from fjft.evaluate import (
     perplexity,
     retrieval,
     rewards,
+    sequences,
     spans,
 )
 
@@ -25,5 +26,6 @@ METRICS: dict[str, types.ModuleType] = {
     "perplexity": perplexity,
     "retrieval": retrieval,
     "rewards": rewards,
+    "sequences": sequences,
     "spans": spans,
 }

@@ -5,6 +5,7 @@ import math
 import re
 import string
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,11 +103,15 @@ def exact_match(said: str, right: str) -> float:
 
 def word_f1(said: str, right: str) -> float:
     """F1 of the words that both have."""
-    words, right_words = normalize(said), normalize(right)
-    if not words or not right_words:
-        return float(words == right_words)
-    common = (Counter(words) & Counter(right_words)).total()
-    return 2 * common / (len(words) + len(right_words))
+    return overlap_f1(normalize(said), normalize(right))
+
+
+def overlap_f1(said: Sequence[Hashable], right: Sequence[Hashable]) -> float:
+    """F1 of the words or tokens that both have."""
+    if not said or not right:
+        return float(said == right)
+    common = (Counter(said) & Counter(right)).total()
+    return 2 * common / (len(said) + len(right))
 
 
 def summarize(sums: Any) -> dict[str, float]:

@@ -310,6 +310,12 @@ class EncoderDecoder(nnx.Module):
         x_BED, _ = self.encoder(x_BED, positions, segments, None, None, rng, remat)
         return Memory(x_BED, segments)
 
+    def decoder_inputs(
+        self, labels_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+    ) -> Int[Array, "B T"]:
+        """What the decoder reads to write `labels`; see `shift_tokens_right`."""
+        return shift_tokens_right(labels_BT, self.arch, segment_ids_BT)
+
     def word_vectors(self, input_ids_BE: Int[Array, "B E"]) -> Float[Array, "B E D"]:
         """What virtual vectors stand in the place of."""
         return self._look_up(self.embedding, input_ids_BE)
@@ -411,13 +417,16 @@ class EncoderDecoder(nnx.Module):
 
 
 def shift_tokens_right(
-    labels_BT: Int[Array, "B T"], arch: Architecture
+    labels_BT: Int[Array, "B T"],
+    arch: Architecture,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """What the decoder reads to write `labels`: a start token, then all but the last.
 
     With labels `[7, 8, 2]` and start 5 it is `[5, 7, 8]`; a row of a model that starts
     with the row's own last token (mBART, where that names the language) is `[2, 7, 8]`.
-    Labels that are not trained, -100, become padding.
+    Labels that are not trained, -100, become padding. Each segment of a packed row is
+    shifted for itself; without `segment_ids` a row is one.
 
     Raises:
       UserError: The config has no `pad_token_id`.
@@ -425,12 +434,18 @@ def shift_tokens_right(
     if arch.pad_token_id is None:
         raise UserError("the config has no pad_token_id, which the decoder needs")
     ids_BT = jnp.where(labels_BT == IGNORED, arch.pad_token_id, labels_BT)
-    if arch.start_id is not None:
-        start_B1 = jnp.full_like(ids_BT[:, :1], arch.start_id)
-    else:
-        last_B1 = jnp.sum(ids_BT != arch.pad_token_id, axis=1, keepdims=True) - 1
-        start_B1 = jnp.take_along_axis(ids_BT, last_B1, axis=1)
-    return jnp.concatenate([start_B1, ids_BT[:, :-1]], axis=1)
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(ids_BT)
+    start_BT = jnp.full_like(ids_BT, arch.start_id or 0)
+    if arch.start_id is None:
+        is_own_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        is_own_BTS &= (ids_BT != arch.pad_token_id)[:, None, :]
+        # The last of them, counted from the end.
+        from_end_BT = jnp.argmax(is_own_BTS[:, :, ::-1], axis=-1)
+        start_BT = jnp.take_along_axis(ids_BT[:, ::-1], from_end_BT, axis=1)
+    before_BT = jnp.pad(ids_BT[:, :-1], ((0, 0), (1, 0)))
+    is_first_BT = restarting_positions(segment_ids_BT) == 0
+    return jnp.where(is_first_BT, start_BT, before_BT)
 
 
 def _places(

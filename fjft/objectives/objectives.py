@@ -22,6 +22,7 @@ from fjft.objectives import (
     orpo,
     question_answering,
     reward,
+    seq2seq,
     sequence_classification,
     token_classification,
 )
@@ -34,6 +35,7 @@ OBJECTIVES: dict[str, types.ModuleType] = {
     "orpo": orpo,
     "question_answering": question_answering,
     "reward": reward,
+    "seq2seq": seq2seq,
     "sequence_classification": sequence_classification,
     "token_classification": token_classification,
 }

@@ -1,0 +1,112 @@
+"""Sequence to sequence from rows to a directory that transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import tiny_seq2seq
+import torch
+import transformers
+from tiny_experiment import losses, start, take_steps
+
+import fjft
+from fjft.build import build_experiment, override
+from fjft.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory):
+    """The directory of a tiny T5 and a tokenizer."""
+    directory = tmp_path_factory.mktemp("t5")
+    tiny_seq2seq.torch_model("t5/relu-tied").save_pretrained(directory)
+    tiny.make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def dictionary(tmp_path_factory):
+    """Words that stand for one of four others, or for two."""
+    random = np.random.default_rng(0)
+    lines = ["# so begins a list", "w9(2) w10"]
+    for _ in range(96):
+        word = random.integers(10, 14)
+        lines.append(f"w{word} w{word + 10}" + f" w{word + 20}" * (word % 2))
+    path = tmp_path_factory.mktemp("dictionary") / "words.dict"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def make_config(t5, dictionary, tmp_path):
+    def make(**overrides):
+        config = fjft.load_config("configs/cmudict_t5.py")
+        defaults = {
+            "model.source": t5,
+            "model.from_scratch": False,
+            "data.train": dictionary,
+            "data.eval_size": 16.0,
+            "data.max_length": 16,
+            "mesh.fsdp": 1,
+            "train.batch_size": 16,
+            "train.max_steps": 30,
+            "train.log_steps": 10,
+            "evaluate.eval_steps": 0,
+            "evaluate.batch_size": 16,
+            "optimizer.learning_rate": 1e-2,
+            "optimizer.schedule": "constant",
+            "optimizer.warmup_steps": 0.0,
+            "checkpoint.directory": str(tmp_path / "run"),
+        }
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        override(config, defaults | named)
+        return config
+
+    return make
+
+
+def test_cuts_and_meshes_do_not_change_the_losses(make_config):
+    config = make_config(data__packing=True)
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+
+
+def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
+    config = make_config()
+    result = fjft.train(config)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").open()]
+    assert [row["step"] for row in log if "eval_exact_match" in row] == [0, 30]
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "run/model"
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    _, held_out, report = build_experiment(config).load_examples(tokenizer)
+    assert report.examples == 96
+    total, count, exact = 0.0, 0, 0
+    for i in range(len(held_out.examples)):
+        columns = held_out.examples[i].columns
+        source, target = (columns[name] for name in ("input_ids", "labels"))
+        source = torch.tensor(source[source >= 0])[None].long()
+        target = torch.tensor(target[target != -100])[None].long()
+        with torch.no_grad():
+            total += model(source, labels=target).loss.item() * target.numel()
+            written = model.generate(
+                source, max_new_tokens=16, eos_token_id=tokenizer.eos_token_id
+            )
+        count += target.numel()
+        exact += written[0, 1:].tolist() == target[0].tolist()
+    assert result.metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    share = 100 * exact / len(held_out.examples)
+    assert result.metrics["eval_exact_match"] == pytest.approx(share)
+    assert share > 50
+
+    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    assert "eval_exact_match" in capsys.readouterr().out
+
+
+def test_two_columns_are_to_be_named(make_config):
+    with pytest.raises(fjft.UserError, match=r"data\.text_columns is 'source'"):
+        fjft.train(make_config(data__text_columns="source"))
