@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fjft.checkpoint.adapter import merge_adapter, save_adapter
     from fjft.checkpoint.huggingface import save_model
     from fjft.errors import UserError
-    from fjft.generation.decode import generate
+    from fjft.generation.text import generate
     from fjft.planning.planner import plan
     from fjft.pretrained import load_model
     from fjft.training.loop import train
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "UserError": "fjft.errors",
     "combine_adapters": "fjft.adapters",
-    "generate": "fjft.generation.decode",
+    "generate": "fjft.generation.text",
     "load_adapters": "fjft.adapters",
     "load_config": "fjft.build",
     "load_model": "fjft.pretrained",

@@ -69,7 +69,7 @@ def _read_prompts(path: str | None) -> list[str]:
 def _answer(
     model: Any, tokenizer: Any, prompts: list[str], chosen: argparse.Namespace
 ) -> None:
-    from fjft.generation.decode import generate, stream
+    from fjft.generation.text import generate, stream
 
     is_chat = tokenizer.chat_template is not None and not chosen.raw
     asked = [[{"role": "user", "content": p}] if is_chat else p for p in prompts]

@@ -15,14 +15,8 @@ from byte_tokenizers import VOCAB_SIZE, byte_level
 from fjft import load_model, tree
 from fjft.errors import UserError
 from fjft.generation import decode, steps
-from fjft.generation.decode import (
-    Config,
-    encode_prompts,
-    generate,
-    generate_tokens,
-    stream,
-    stream_tokens,
-)
+from fjft.generation.decode import Config, generate_tokens, stream_tokens
+from fjft.generation.text import encode_prompts, generate, stream
 from fjft.sharding import Config as MeshConfig
 from fjft.sharding import make_mesh
 

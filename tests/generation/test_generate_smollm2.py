@@ -8,13 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fjft.generation.decode import (
-    Config,
-    encode_prompts,
-    generate,
-    generate_tokens,
-    stream,
-)
+from fjft.generation.decode import Config, generate_tokens
+from fjft.generation.text import encode_prompts, generate, stream
 from fjft.pretrained import load_model
 
 QUESTIONS = (
