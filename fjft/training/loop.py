@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +26,11 @@ from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
 from fjft.training.fit import check_fits
+from fjft.training.progress import Progress
 from fjft.training.run import Run, build_run
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
+from fjft.training.stopping import StopRequest
 
 # Shorter compilations are those of single operations.
 _COMPILE_WORTH_A_LINE = 0.5  # seconds
@@ -157,46 +157,6 @@ def _open_log(
     )
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands, besides its arrays.
-
-    Attributes:
-      step: Optimizer steps done and found good.
-      num_tokens: Tokens seen, padding not counted.
-      eval_loss_before: `eval_loss` before the first step.
-      judged_step: The last step whose evaluation has been logged; -1 is none.
-      loss_sum: Of the steps since the last log line; so the next three.
-      weight_sum: Trained tokens, or labels.
-      correct_sum: Of them, predicted right.
-      grad_norm: The last step's.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
-    eval_loss_before: float | None = None
-    judged_step: int = -1
-    loss_sum: float = 0.0
-    weight_sum: float = 0.0
-    correct_sum: float = 0.0
-    grad_norm: float = 0.0
-
-    def add(self, metrics: StepMetrics) -> None:
-        """Counts one more step."""
-        self.step += 1
-        self.num_tokens += int(metrics.num_tokens)
-        self.loss_sum += float(metrics.loss_sum)
-        self.weight_sum += float(metrics.weight_sum)
-        self.correct_sum += float(metrics.correct_sum)
-        self.grad_norm = float(metrics.grad_norm)
-
-    def take_window(self) -> tuple[float, float, float]:
-        """The sums since the last call: loss, weight, correct."""
-        window = self.loss_sum, self.weight_sum, self.correct_sum
-        self.loss_sum = self.weight_sum = self.correct_sum = 0.0
-        return window
-
-
 class Loop:
     """The loop itself, and what it writes to.
 
@@ -269,7 +229,7 @@ class Loop:
         self._say_compiled()
         self._meter.read()
         pending: StepMetrics | None = None
-        with _StopRequest() as stop:
+        with StopRequest() as stop:
             for number in range(progress.step + 1, run.total_steps + 1):
                 state, metrics = run.train_step(state, run.frozen, next(batches))
                 if pending is not None:
@@ -406,7 +366,7 @@ class Loop:
         asked = self._experiment.evaluate
         if not asked.prompt:
             return
-        from fjft.generation.decode import generate
+        from fjft.generation.text import generate
 
         has_template = self._tokenizer.chat_template is not None
         chat = [{"role": "user", "content": asked.prompt}]
@@ -425,43 +385,6 @@ class Loop:
 
 def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class _StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after this step.
-
-    Cloud machines send SIGTERM some seconds before they are taken away. Over several
-    processes JAX takes the signal, tells it to the others, and finds a step that all
-    can stop after.
-    """
-
-    def __init__(self):
-        self._is_set = False
-        self._old: dict[int, Any] = {}
-
-    def is_due(self, step: int) -> bool:
-        """Whether to stop after this step; asked at every step, by every process."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._is_set
-
-    def __enter__(self) -> "_StopRequest":
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if is_main_thread and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number: int, frame: Any) -> None:
-        del frame
-        self._is_set = True
-        signal.signal(number, self._old[number])  # A second one is not held back.
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 def _as_saved(run: Run, state: TrainState) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""Where a run stands."""
+
+import dataclasses
+
+from fjft.training.step import StepMetrics
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, besides its arrays.
+
+    Attributes:
+      step: Optimizer steps done and found good.
+      num_tokens: Tokens seen, padding not counted.
+      eval_loss_before: `eval_loss` before the first step.
+      judged_step: The last step whose evaluation has been logged; -1 is none.
+      loss_sum: Of the steps since the last log line; so the next three.
+      weight_sum: Trained tokens, or labels.
+      correct_sum: Of them, predicted right.
+      grad_norm: The last step's.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    eval_loss_before: float | None = None
+    judged_step: int = -1
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    correct_sum: float = 0.0
+    grad_norm: float = 0.0
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Counts one more step."""
+        self.step += 1
+        self.num_tokens += int(metrics.num_tokens)
+        self.loss_sum += float(metrics.loss_sum)
+        self.weight_sum += float(metrics.weight_sum)
+        self.correct_sum += float(metrics.correct_sum)
+        self.grad_norm = float(metrics.grad_norm)
+
+    def take_window(self) -> tuple[float, float, float]:
+        """The sums since the last call: loss, weight, correct."""
+        window = self.loss_sum, self.weight_sum, self.correct_sum
+        self.loss_sum = self.weight_sum = self.correct_sum = 0.0
+        return window
