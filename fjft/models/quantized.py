@@ -147,7 +147,9 @@ class Format:
         # A single scale is that of the whole row, wherever the row's parts lie.
         scale_axes = (*lead_axes, axis_in if self.block else None, axis_out)
         codes = (*lead, size_in, size_out)
-        found = {"codes": (codes, (*lead_axes, axis_in, axis_out), self.dtype)}
+        found: dict[str, Any] = {
+            "codes": (codes, (*lead_axes, axis_in, axis_out), self.dtype)
+        }
         if self.nested:
             groups = -(-size_out * blocks // NESTED_BLOCK)
             found["scales"] = (scales, scale_axes, jnp.uint8)

@@ -2,6 +2,7 @@
 
 import difflib
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ END = 1
 
 def _judge(written, labels):
     tally = sequences.Tally()
-    tally.add(Judged(6.0, 3.0, 2.0, np.array(written), np.array(labels)))
+    sums: list[Any] = [6.0, 3.0, 2.0, np.array(written), np.array(labels)]
+    tally.add(Judged(*sums))
     return sequences.summarize(tally.result())
 
 

@@ -1,5 +1,7 @@
 """Encoder-decoders: loss, gradients of packed rows and what is written, by torch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,9 @@ T = 20
 def make_batch(rows):
     """Packed rows of random texts, with -1 and -100 where one of the two has ended."""
     columns = ("input_ids", "labels", "positions", "segment_ids", "examples")
-    batch = {name: np.zeros((len(rows), T), np.int32) for name in columns}
+    batch: dict[str, Any] = {
+        name: np.zeros((len(rows), T), np.int32) for name in columns
+    }
     batch["input_ids"] -= 1
     batch["labels"] -= 100
     ids = tiny_seq2seq.random_ids(2, len(rows), T)

@@ -38,11 +38,13 @@ class Bottleneck(nn.Module):
         width = int(size // factor)
         self.adapter_down = nn.Sequential(nn.Linear(size, width))
         self.adapter_up = nn.Linear(width, size)
+        linear: Any
         for linear in (self.adapter_down[0], self.adapter_up):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         if kind == "parallel":
-            nn.init.kaiming_uniform_(self.adapter_down[0].weight, a=5**0.5)
+            first: Any = self.adapter_down[0]
+            nn.init.kaiming_uniform_(first.weight, a=5**0.5)
             nn.init.zeros_(self.adapter_up.weight)
 
     def forward(self, h: Any, x: Any, norm: Any) -> Any:

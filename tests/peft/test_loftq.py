@@ -1,6 +1,6 @@
 """Adapters that start as what quantization took away from the weights."""
 
-import bitsandbytes as bnb
+import bitsandbytes.functional as bnb
 import numpy as np
 import peft_twins
 import pytest
@@ -51,8 +51,8 @@ def test_the_start_is_pefts_on_the_codes_of_bitsandbytes(model, whole):
     for site, adapter in targets.adapters(model, model.provenance.sites):
         for layer, weight in enumerate(module_at(whole, site.path)[...]):
             full = torch.tensor(np.asarray(weight))
-            codes, state = bnb.functional.quantize_4bit(full, quant_type="nf4")
-            lost = full - bnb.functional.dequantize_4bit(codes, state)
+            codes, state = bnb.quantize_4bit(full, quant_type="nf4")
+            lost = full - bnb.dequantize_4bit(codes, state)
             theirs = _low_rank_decomposition(lost, reduced_rank=4)
             expected = (theirs["L"] @ theirs["R"]).numpy()
             ours = np.asarray(adapter.b[layer] @ adapter.a[layer])
