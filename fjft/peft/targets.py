@@ -161,7 +161,10 @@ def select_linears(
         sites = [s for s in sites if not (s.head or is_head(s) or s.path in _TABLES)]
     names = [m for site in sites for m in site.hf_modules]
     chosen = select(pattern, names, "peft.target_modules")
-    if lm_head & chosen and not adapts_head:
+    # Files call GPT-NeoX's head `embed_out`. PEFT goes by the module, which newer
+    # versions of transformers call `lm_head`, so no name is right for all of them.
+    adapted = {"lm_head"} if adapts_head else set()
+    if (lm_head & chosen) - adapted:
         head = "".join(lm_head)
         raise UserError(
             f"peft.target_modules={pattern!r} means {head}, which this method does not "

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 import fjft
+from fjft.errors import UserError
 from fjft.peft import lora
 
 # `peft` cannot tell experts from a dense layer's maps of the same names: no such mix.
@@ -42,3 +43,10 @@ def test_adapters_go_to_peft_and_back(name, get_twins, tmp_path, record_property
     )
     described = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert described["fan_in_fan_out"] == name.startswith("gpt2/")
+
+
+def test_a_head_of_another_name_is_no_target(get_twins):
+    twins = get_twins("gpt_neox/parallel")
+    config = lora.Config(r=2, target_modules="embed_out|dense")
+    with pytest.raises(UserError, match="means embed_out, which this method does not"):
+        tiny.build_model(twins.directory, lora, config)
