@@ -1,13 +1,13 @@
 """Vectors of texts: the negatives are the whole batch's, wherever its rows lie."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import losses, run_config, start, take_steps
 
 import fjft
-from fjft.build import override
 
 
 @pytest.fixture
@@ -21,27 +21,20 @@ def make_config(bert, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
 
-    def make(**overrides):
-        config = fjft.load_config("configs/minilm_embeddings.py")
-        defaults = {
-            "model.source": bert,
-            "data.train": str(path),
-            "data.eval_size": 16.0,
-            "data.max_length": 32,
-            "data.text_columns": "a,b",
-            "objective.matryoshka_dims": (8, 24),
-            "mesh.fsdp": 1,
-            "train.batch_size": 8,
-            "train.max_steps": 40,
-            "peft.method": "full",
-            "optimizer.learning_rate": 5e-3,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": bert,
+        "data.train": str(path),
+        "data.eval_size": 16.0,
+        "data.max_length": 32,
+        "data.text_columns": "a,b",
+        "objective.matryoshka_dims": (8, 24),
+        "train.max_steps": 40,
+        "peft.method": "full",
+        "optimizer.learning_rate": 5e-3,
+    }
+    return functools.partial(
+        run_config, "minilm_embeddings.py", tmp_path / "run", defaults
+    )
 
 
 def test_meshes_do_not_change_the_losses(make_config):

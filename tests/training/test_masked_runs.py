@@ -1,15 +1,16 @@
 """Masked LMs from rows to what transformers loads, continued and from scratch."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import assert_cuts_change_nothing, run_config, start
 
 import fjft
-from fjft.build import build_experiment, override
+from fjft.build import build_experiment
 from fjft.cli.main import main
 from fjft.errors import UserError
 
@@ -30,35 +31,24 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def make_config(bert, texts, tmp_path):
-    def make(**overrides):
-        config = fjft.load_config("configs/bert_masked_lm.py")
-        defaults = {
-            "model.source": bert,
-            "model.sizes": {},
-            "data.train": texts,
-            "data.eval_size": 16.0,
-            "data.max_length": 32,
-            "mesh.fsdp": 1,
-            "train.batch_size": 8,
-            "train.max_steps": 10,
-            "train.log_steps": 1,
-            "optimizer.learning_rate": 1e-2,
-            "optimizer.warmup_steps": 0.0,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": bert,
+        "model.sizes": {},
+        "data.train": texts,
+        "data.eval_size": 16.0,
+        "data.max_length": 32,
+        "train.max_steps": 10,
+        "train.log_steps": 1,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 0.0,
+    }
+    return functools.partial(
+        run_config, "bert_masked_lm.py", tmp_path / "run", defaults
+    )
 
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
-    config = make_config(model__from_scratch=False)
-    _, plain = take_steps(start(config), 3)
-    override(config, {"train.accumulation_steps": 2})
-    _, cut = take_steps(start(config, (2, 2, 2)), 3)
-    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+    assert_cuts_change_nothing(make_config(model__from_scratch=False))
 
 
 def test_virtual_tokens_of_several_texts_in_a_row_are_refused(make_config):

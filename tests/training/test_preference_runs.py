@@ -1,13 +1,19 @@
 """DPO from rows to an adapter: the margin grows, whatever cuts the batch."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import (
+    assert_cuts_change_nothing,
+    losses,
+    run_config,
+    start,
+    take_steps,
+)
 
 import fjft
-from fjft.build import override
 from fjft.cli.main import main
 
 
@@ -24,36 +30,23 @@ def make_config(llama, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
 
-    def make(**overrides):
-        config = fjft.load_config("configs/smollm2_dpo.py")
-        defaults = {
-            "model.source": llama,
-            "data.train": str(path),
-            "data.eval": "",
-            "evaluate.eval_steps": 0,
-            "data.eval_size": 16.0,
-            "data.max_length": 160,
-            "mesh.fsdp": 1,
-            "train.batch_size": 8,
-            "train.accumulation_steps": 1,
-            "train.max_steps": 10,
-            "train.log_steps": 1,
-            "optimizer.learning_rate": 1e-2,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": llama,
+        "data.train": str(path),
+        "data.eval": "",
+        "evaluate.eval_steps": 0,
+        "data.eval_size": 16.0,
+        "data.max_length": 160,
+        "train.accumulation_steps": 1,
+        "train.max_steps": 10,
+        "train.log_steps": 1,
+        "optimizer.learning_rate": 1e-2,
+    }
+    return functools.partial(run_config, "smollm2_dpo.py", tmp_path / "run", defaults)
 
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
-    config = make_config(data__packing=True, data__max_length=320)
-    _, plain = take_steps(start(config), 3)
-    override(config, {"train.accumulation_steps": 2})
-    _, cut = take_steps(start(config, (2, 2, 2)), 3)
-    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+    assert_cuts_change_nothing(make_config(data__packing=True, data__max_length=320))
 
 
 def test_orpo_needs_no_adapter(make_config):

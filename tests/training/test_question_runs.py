@@ -1,15 +1,16 @@
 """Questions from rows to a directory that transformers answers with."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import assert_cuts_change_nothing, run_config
 
 import fjft
-from fjft.build import build_experiment, override
+from fjft.build import build_experiment
 from fjft.cli.main import main
 from fjft.evaluate.spans import exact_match, word_f1
 
@@ -33,36 +34,23 @@ def questions(tmp_path_factory):
 
 @pytest.fixture
 def make_config(bert, questions, tmp_path):
-    def make(**overrides):
-        config = fjft.load_config("configs/minilm_squad.py")
-        defaults = {
-            "model.source": bert,
-            "data.train": questions,
-            "data.eval": "",
-            "data.eval_size": 16.0,
-            "data.max_length": 24,
-            "data.doc_stride": 8,
-            "mesh.fsdp": 1,
-            "train.batch_size": 8,
-            "train.max_steps": 10,
-            "train.log_steps": 5,
-            "evaluate.eval_steps": 0,
-            "optimizer.learning_rate": 1e-2,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": bert,
+        "data.train": questions,
+        "data.eval": "",
+        "data.eval_size": 16.0,
+        "data.max_length": 24,
+        "data.doc_stride": 8,
+        "train.max_steps": 10,
+        "train.log_steps": 5,
+        "evaluate.eval_steps": 0,
+        "optimizer.learning_rate": 1e-2,
+    }
+    return functools.partial(run_config, "minilm_squad.py", tmp_path / "run", defaults)
 
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
-    config = make_config(data__packing=True, data__max_length=32)
-    _, plain = take_steps(start(config), 3)
-    override(config, {"train.accumulation_steps": 2})
-    _, cut = take_steps(start(config, (2, 2, 2)), 3)
-    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+    assert_cuts_change_nothing(make_config(data__packing=True, data__max_length=32))
 
 
 def test_a_run_ends_in_what_transformers_answers_with(make_config, tmp_path, capsys):

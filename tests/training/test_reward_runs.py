@@ -1,15 +1,16 @@
 """Reward models from rows to a directory that transformers loads."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import assert_cuts_change_nothing, run_config
 
 import fjft
-from fjft.build import build_experiment, override
+from fjft.build import build_experiment
 
 
 @pytest.fixture
@@ -24,33 +25,20 @@ def make_config(bert, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
 
-    def make(**overrides):
-        config = fjft.load_config("configs/minilm_reward.py")
-        defaults = {
-            "model.source": bert,
-            "data.train": str(path),
-            "data.eval": "",
-            "data.eval_size": 16.0,
-            "data.max_length": 32,
-            "mesh.fsdp": 1,
-            "train.batch_size": 8,
-            "train.max_steps": 20,
-            "optimizer.learning_rate": 1e-2,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": bert,
+        "data.train": str(path),
+        "data.eval": "",
+        "data.eval_size": 16.0,
+        "data.max_length": 32,
+        "train.max_steps": 20,
+        "optimizer.learning_rate": 1e-2,
+    }
+    return functools.partial(run_config, "minilm_reward.py", tmp_path / "run", defaults)
 
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
-    config = make_config(data__packing=True)
-    _, plain = take_steps(start(config), 3)
-    override(config, {"train.accumulation_steps": 2})
-    _, cut = take_steps(start(config, (2, 2, 2)), 3)
-    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+    assert_cuts_change_nothing(make_config(data__packing=True))
 
 
 def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path):

@@ -1,5 +1,6 @@
 """Sequence to sequence from rows to a directory that transformers loads."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,10 +9,10 @@ import tiny
 import tiny_seq2seq
 import torch
 import transformers
-from tiny_experiment import losses, start, take_steps
+from tiny_experiment import assert_cuts_change_nothing, run_config
 
 import fjft
-from fjft.build import build_experiment, override
+from fjft.build import build_experiment
 from fjft.cli.main import main
 
 
@@ -39,38 +40,26 @@ def dictionary(tmp_path_factory):
 
 @pytest.fixture
 def make_config(t5, dictionary, tmp_path):
-    def make(**overrides):
-        config = fjft.load_config("configs/cmudict_t5.py")
-        defaults = {
-            "model.source": t5,
-            "model.from_scratch": False,
-            "data.train": dictionary,
-            "data.eval_size": 16.0,
-            "data.max_length": 16,
-            "mesh.fsdp": 1,
-            "train.batch_size": 16,
-            "train.max_steps": 30,
-            "train.log_steps": 10,
-            "evaluate.eval_steps": 0,
-            "evaluate.batch_size": 16,
-            "optimizer.learning_rate": 1e-2,
-            "optimizer.schedule": "constant",
-            "optimizer.warmup_steps": 0.0,
-            "checkpoint.directory": str(tmp_path / "run"),
-        }
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        override(config, defaults | named)
-        return config
-
-    return make
+    defaults = {
+        "model.source": t5,
+        "model.from_scratch": False,
+        "data.train": dictionary,
+        "data.eval_size": 16.0,
+        "data.max_length": 16,
+        "train.batch_size": 16,
+        "train.max_steps": 30,
+        "train.log_steps": 10,
+        "evaluate.eval_steps": 0,
+        "evaluate.batch_size": 16,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0.0,
+    }
+    return functools.partial(run_config, "cmudict_t5.py", tmp_path / "run", defaults)
 
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
-    config = make_config(data__packing=True)
-    _, plain = take_steps(start(config), 3)
-    override(config, {"train.accumulation_steps": 2})
-    _, cut = take_steps(start(config, (2, 2, 2)), 3)
-    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
+    assert_cuts_change_nothing(make_config(data__packing=True))
 
 
 def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):

@@ -11,7 +11,7 @@ which is one of several that train together where the environment says so.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,28 @@ def make_config(
     return config
 
 
+def run_config(
+    name: str, directory: Path, defaults: Mapping[str, Any], **overrides: Any
+) -> ml_collections.ConfigDict:
+    """A file of `configs/` with a test's own settings, small and on one device.
+
+    Args:
+      name: The file.
+      directory: Where the run writes.
+      defaults: Values by dotted key.
+      **overrides: More of them, with `__` for each dot.
+    """
+    import fjft
+
+    few = {
+        "mesh.fsdp": 1,
+        "train.batch_size": 8,
+        "checkpoint.directory": str(directory),
+    }
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    return fjft.load_config(f"configs/{name}", few | dict(defaults) | named)
+
+
 @dataclasses.dataclass(frozen=True)
 class Started:
     """A run before its first step; `mesh` is to be set where its steps are taken."""
@@ -181,6 +203,18 @@ def take_steps(started: Started, num_steps: int) -> tuple[Any, list[Any]]:
 def losses(metrics: Sequence[Any]) -> list[float]:
     """Each step's mean loss."""
     return [float(m.loss_sum / m.weight_sum) for m in metrics]
+
+
+def assert_cuts_change_nothing(config: ml_collections.ConfigDict) -> None:
+    """Three steps in microbatches, on a mesh of every axis, are those of whole ones."""
+    import numpy as np
+
+    from fjft.build import override
+
+    _, plain = take_steps(start(config), 3)
+    override(config, {"train.accumulation_steps": 2})
+    _, cut = take_steps(start(config, (2, 2, 2)), 3)
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-4)
 
 
 def main() -> int:
