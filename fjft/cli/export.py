@@ -167,6 +167,7 @@ def merge(model: Any, dtype: str, tolerance: float | None) -> Any:
 
     from fjft import tree
     from fjft.checkpoint.adapter import merge_adapter
+    from fjft.models.bare import without_adapters
 
     merged = merge_adapter(model)
     graphdef, params = tree.split(merged)
@@ -180,8 +181,11 @@ def merge(model: Any, dtype: str, tolerance: float | None) -> Any:
         merged = written = tree.merge(graphdef, params)
     batch = _encode(model.provenance.files.load_tokenizer())
     adapted_logits, merged_logits = _logits(model, batch), _logits(written, batch)
-    effect = float(np.abs(adapted_logits - _logits(_bare(model), batch)).max())
+    effect = float(
+        np.abs(adapted_logits - _logits(without_adapters(model), batch)).max()
+    )
     difference = float(np.abs(adapted_logits - merged_logits).max())
+    what = "texts" if len(adapted_logits) == len(TEXTS) else "tokens"
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     said = f"merged and adapted logits differ by at most {difference:.3g}"
     # Written so that NaN fails too.
@@ -191,7 +195,7 @@ def merge(model: Any, dtype: str, tolerance: float | None) -> Any:
             "written; store in --dtype=float32, or allow it by --tolerance"
         )
     print(
-        f"{said} on {len(adapted_logits)} tokens, the adapter moves them by up to "
+        f"{said} on {len(adapted_logits)} {what}, the adapter moves them by up to "
         f"{effect:.3g} (tolerance {limit:g} in {dtype})"
     )
     if difference > effect:
@@ -216,36 +220,30 @@ def _encode(tokenizer: Any) -> dict[str, Any]:
 
 
 def _logits(model: Any, batch: dict[str, Any]) -> Any:
-    """Logits [tokens, V] computed in float32, so that only weights are compared."""
+    """Logits [N, V] computed in float32, so that only weights are compared.
+
+    N are tokens, or whole texts where the head sees those.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from fjft import tree
     from fjft.distributed import fetch
+    from fjft.models.encoder_decoder import EncoderDecoder
 
+    inputs, is_token = dict(batch), batch["segment_ids"] != 0
+    if isinstance(model, EncoderDecoder):
+        inputs |= {f"decoder_{name}": values for name, values in batch.items()}
     graphdef, params = tree.split(model)
     model = tree.merge(graphdef, params)
     model.compute_dtype = jnp.dtype("float32")
     graphdef, params = tree.split(model)
 
     @jax.jit
-    def apply(params: tree.Params, ids: jax.Array, segments: jax.Array) -> jax.Array:
-        return tree.merge(graphdef, params)(ids, segment_ids=segments)
+    def apply(params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
+        return tree.merge(graphdef, params)(**inputs)
 
     with jax.default_matmul_precision("highest"):
-        logits = apply(params, batch["input_ids"], batch["segment_ids"])
-    return fetch(logits)[batch["segment_ids"] != 0].astype(np.float32)
-
-
-def _bare(model: Any) -> Any:
-    from flax import nnx
-
-    from fjft import tree
-
-    bare = tree.merge(*tree.split(model))
-    module: Any
-    for _, module in list(nnx.iter_modules(bare)):
-        if getattr(module, "adapter", None) is not None:
-            module.adapter = nnx.data(None)
-    return bare
+        logits = fetch(apply(params, inputs)).astype(np.float32)
+    return logits[is_token] if logits.shape[:2] == is_token.shape else logits

@@ -112,7 +112,8 @@ def test_lora_brings_its_head(make_config, bert, tmp_path, capsys):
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
     assert f"{result.metrics['eval_loss']:.5g}" in capsys.readouterr().out
     out = tmp_path / "merged"
-    assert main(["export", f"--run={tmp_path / 'run'}", f"--output={out}"]) == 0
+    run = f"--run={tmp_path / 'run'}"
+    assert main(["export", run, f"--output={out}", "--merge"]) == 0
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert merged.config.id2label == dict(enumerate(NAMES))
     assert tiny.max_error(ours, tiny_encoders.torch_outputs(merged.eval(), ids)) < 1e-4

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -94,6 +95,20 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
 
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
     assert "eval_exact_match" in capsys.readouterr().out
+
+
+def test_a_merged_adapter_is_in_what_transformers_loads(make_config, tmp_path):
+    config = make_config(peft__method="lora", train__max_steps=2, train__log_steps=1)
+    model = fjft.train(config).model
+    run, out = f"--run={tmp_path / 'run'}", tmp_path / "merged"
+    assert main(["export", run, f"--output={out}", "--merge"]) == 0
+    merged = transformers.AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    ids = tiny.random_ids(2, 12)
+    ours = model(jax.numpy.asarray(ids), decoder_input_ids=jax.numpy.asarray(ids))
+    with torch.no_grad():
+        given = torch.tensor(ids).long()
+        theirs = merged(given, decoder_input_ids=given).logits
+    assert tiny.max_error(ours, theirs.numpy()) < 1e-4
 
 
 def test_two_columns_are_to_be_named(make_config):
