@@ -26,8 +26,8 @@ from fjft.data.pack import Rows
 from fjft.data.report import Report
 from fjft.errors import UserError
 from fjft.evaluate.metrics import METRICS
-from fjft.models.layers import REMAT_POLICIES
 from fjft.models.quantized import QUANTIZATIONS
+from fjft.models.stack import REMAT_POLICIES
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer
 from fjft.optimize.optimizer import OPTIMIZERS

@@ -21,8 +21,9 @@ from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Architecture, Block, Dropout
 from fjft.models.encoder_head import Plan
 from fjft.models.fields import Fields
-from fjft.models.layers import ACTIVATIONS, REMAT_POLICIES, Maker, Shared, Stack
+from fjft.models.layers import ACTIVATIONS, Maker, Shared
 from fjft.models.mask import full_mask
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.models.weights import Row, linear_rows, norm_rows
 
 __all__ = ["HEADS", "MODEL", "architecture", "rows"]

@@ -19,15 +19,9 @@ from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Dropout
 from fjft.models.encoder_head import Plan
 from fjft.models.fields import Fields
-from fjft.models.layers import (
-    ACTIVATIONS,
-    REMAT_POLICIES,
-    Embedding,
-    LayerNorm,
-    Maker,
-    Stack,
-)
+from fjft.models.layers import ACTIVATIONS, Embedding, LayerNorm, Maker
 from fjft.models.mask import full_mask
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.models.weights import Row, linear_rows, norm_rows
 
 __all__ = ["HEADS", "MODEL", "architecture", "rows"]

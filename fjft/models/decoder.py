@@ -12,11 +12,9 @@ from fjft.models import rope
 from fjft.models.block import Architecture, Block, View, make_norm
 from fjft.models.cache import Cache, init_cache
 from fjft.models.layers import (
-    REMAT_POLICIES,
     Embedding,
     Linear,
     Maker,
-    Stack,
     Terms,
     TiedHead,
     dropout,
@@ -31,6 +29,7 @@ from fjft.models.prompt import (
     virtual_places,
     with_virtual_places,
 )
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.sharding import constrain
 
 EMBEDDING_STREAM = 0x7FFFFFFF  # folded into the key; layers fold in their numbers

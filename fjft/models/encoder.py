@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int, Key
 from fjft.errors import UserError
 from fjft.models.encoder_block import Architecture, Block, Embeddings
 from fjft.models.encoder_head import Head
-from fjft.models.layers import REMAT_POLICIES, Maker, Stack, Terms
+from fjft.models.layers import Maker, Terms
 from fjft.models.mask import full_mask
 from fjft.models.pooling import pool
 from fjft.models.prompt import only_segment, vectors_of, with_virtual_places
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.models.weights import Row
 from fjft.sharding import constrain
 

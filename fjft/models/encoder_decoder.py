@@ -13,11 +13,9 @@ from fjft.models.cache import Cache, init_cache
 from fjft.models.cross_block import Architecture, Block, View, make_norm
 from fjft.models.encoder import restarting_positions
 from fjft.models.layers import (
-    REMAT_POLICIES,
     Embedding,
     Linear,
     Maker,
-    Stack,
     Terms,
     TiedHead,
     dropout,
@@ -33,6 +31,7 @@ from fjft.models.prompt import (
     vectors_of,
     with_virtual_places,
 )
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.sharding import constrain
 
 IGNORED = -100  # Hugging Face's label for "not trained"

@@ -16,17 +16,9 @@ from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Architecture, Dropout
 from fjft.models.encoder_head import Plan
 from fjft.models.fields import Fields
-from fjft.models.layers import (
-    ACTIVATIONS,
-    REMAT_POLICIES,
-    LayerNorm,
-    Linear,
-    Maker,
-    Stack,
-    dropout,
-    own_key,
-)
+from fjft.models.layers import ACTIVATIONS, LayerNorm, Linear, Maker, dropout, own_key
 from fjft.models.mask import Mask, Places
+from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.models.weights import Row, linear_rows, norm_rows
 from fjft.sharding import constrain
 

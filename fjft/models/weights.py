@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from fjft.models.layers import Stack
+from fjft.models.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fjft.build import option_types
 from fjft.errors import UserError
-from fjft.models.layers import REMAT_POLICIES
+from fjft.models.stack import REMAT_POLICIES
 from fjft.planning.planner import Planner
 from fjft.planning.report import Report
 from fjft.sharding import count_slices

@@ -13,7 +13,8 @@ from fjft import sharding, tree
 from fjft.models.decoder import Decoder
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
-from fjft.models.layers import REMAT_POLICIES, Maker
+from fjft.models.layers import Maker
+from fjft.models.stack import REMAT_POLICIES
 from fjft.models.weights import sites
 from fjft.objectives import causal_lm
 

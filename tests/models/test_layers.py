@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from fjft import tree
-from fjft.models.layers import plan_stack
+from fjft.models.stack import plan_stack
 from fjft.peft import last_layers
 
 
