@@ -17,7 +17,7 @@ from fjft import tree
 from fjft.generation.seq2seq import Special
 from fjft.generation.steps import read_prompts, shard_cache
 from fjft.models.cache import Cache
-from fjft.models.encoder_decoder import EncoderDecoderCache
+from fjft.models.half import EncoderDecoderCache
 from fjft.sharding import constrain
 
 WORST = -1e9  # the score of what must not win

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from fjft.errors import UserError
 from fjft.generation.rows import pad_stop_ids
-from fjft.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
+from fjft.models.encoder_decoder import EncoderDecoder
+from fjft.models.half import EncoderDecoderCache
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from fjft import tree
 from fjft.generation.sampling import sample
 from fjft.generation.seq2seq import Special, read_source
 from fjft.models.cache import Cache
-from fjft.models.encoder_decoder import EncoderDecoderCache
+from fjft.models.half import EncoderDecoderCache
 from fjft.sharding import RULES, constrain
 
 # Prompt tokens that go through the layers at a time, which bounds the memory that
