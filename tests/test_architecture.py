@@ -11,8 +11,8 @@ import fjft
 
 ROOT = Path(fjft.__file__).parent
 FLOORS = {
-    1: "errors options sources tree sharding distributed telemetry telemetry_plot "
-    "telemetry_speed programs models objectives optimize",
+    1: "errors labels options sources tree sharding distributed telemetry "
+    "telemetry_plot telemetry_speed programs models objectives optimize",
     2: "data peft checkpoint generation evaluate",
     3: "adapters build pretrained",
     4: "training",
@@ -23,6 +23,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # Neighbours on one floor that may be asked: they know of no model and no data.
 FOUNDATIONS = {
     "errors",
+    "labels",
     "options",
     "sources",
     "tree",

@@ -14,8 +14,8 @@ import numpy as np
 
 from fjft.data.templates import MalformedError
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
-IGNORED = -100
 TEXT_COLUMNS = ("input_ids", "labels")
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Encoded, Example, Labels
+from fjft.data.examples import TEXT_COLUMNS, Draw, Encoded, Example, Labels
 from fjft.data.labelled import read_text
 from fjft.data.templates import MalformedError
 from fjft.data.tokenize import find_labels, show_example
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 __all__ = ["COLUMNS", "Encoder", "Masking", "find_labels", "show_example"]
 

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Example, Examples
+from fjft.data.examples import TEXT_COLUMNS, Draw, Example, Examples
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 Batch = dict[str, np.ndarray]
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Encoded, Example, Labels
+from fjft.data.examples import TEXT_COLUMNS, Draw, Encoded, Example, Labels
 from fjft.data.labelled import sort_names
 from fjft.data.sources import list_specs, read_rows
 from fjft.data.templates import MalformedError
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 COLUMNS = TEXT_COLUMNS
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED, TEXT_COLUMNS, Draw, Encoded, Example, Labels
+from fjft.data.examples import TEXT_COLUMNS, Draw, Encoded, Example, Labels
 from fjft.data.templates import Chat, MalformedError, Pair, Sample, read_sample
 from fjft.data.turns import Span, TurnFinder
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 COLUMNS = TEXT_COLUMNS
 

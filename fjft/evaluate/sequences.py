@@ -10,10 +10,9 @@ import numpy as np
 from fjft.evaluate import perplexity, sums
 from fjft.evaluate.perplexity import report, summarize_training
 from fjft.evaluate.spans import overlap_f1
+from fjft.labels import IGNORED
 
 __all__ = ["Tally", "report", "summarize", "summarize_training"]
-
-IGNORED = -100  # beyond a text
 
 
 class Counts(NamedTuple):

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 from fjft.models.cache import init_cache
 from fjft.models.cross_block import Architecture
 from fjft.models.encoder import restarting_positions
@@ -28,8 +29,6 @@ from fjft.models.prompt import (
     with_virtual_places,
 )
 from fjft.sharding import constrain
-
-IGNORED = -100  # Hugging Face's label for "not trained"
 
 
 class EncoderDecoder(nnx.Module):

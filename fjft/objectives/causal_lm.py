@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fjft.labels import IGNORED
 from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
-
-IGNORED = -100  # Hugging Face's label for "not trained"
 
 EXAMPLES = "text"
 HEAD = None  # the checkpoint's own

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from fjft.objectives.causal_lm import IGNORED
+from fjft.labels import IGNORED
 from fjft.objectives.cross_entropy import Sums
 from fjft.objectives.sequence_classification import predict
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
-from fjft.objectives.causal_lm import IGNORED
+from fjft.labels import IGNORED
 from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
 
 EXAMPLES = "seq2seq"

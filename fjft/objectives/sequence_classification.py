@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 from fjft.objectives.cross_entropy import Sums
-
-IGNORED = -100  # Hugging Face's label for "not trained"
 
 EXAMPLES = "labelled"
 HEAD = "sequence_classification"

@@ -5,7 +5,8 @@ import pytest
 import tokenizers
 import transformers
 
-from fjft.data.examples import IGNORED, Example, Examples, Spool
+from fjft.data.examples import Example, Examples, Spool
+from fjft.labels import IGNORED
 
 SPECIAL = [
     "<|im_start|>",

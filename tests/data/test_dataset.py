@@ -5,8 +5,9 @@ import pytest
 
 from fjft.data.config import Config
 from fjft.data.dataset import load_examples
-from fjft.data.examples import IGNORED, Example, Spool
+from fjft.data.examples import Example, Spool
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content "

@@ -4,9 +4,9 @@ import pytest
 from trl.data_utils import pack_dataset
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED
 from fjft.data.pack import Rows, choose_buckets, pack_best_fit
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 
 
 def random_lengths(seed, n=400, capacity=128):

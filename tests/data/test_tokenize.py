@@ -7,10 +7,10 @@ import transformers
 import trl
 
 from fjft.data.config import Config
-from fjft.data.examples import IGNORED
 from fjft.data.templates import Chat, MalformedError, Pair, Text
 from fjft.data.tokenize import Encoder, Example, show_example
 from fjft.errors import UserError
+from fjft.labels import IGNORED
 from fjft.sources import resolve_package
 
 CHATML = (

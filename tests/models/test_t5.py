@@ -13,7 +13,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.encoder_decoder import IGNORED, shift_tokens_right
+from fjft.labels import IGNORED
+from fjft.models.encoder_decoder import shift_tokens_right
 from fjft.models.positions import relative_buckets
 from fjft.objectives.cross_entropy import Chunks, cross_entropy_sums
 
