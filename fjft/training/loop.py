@@ -16,17 +16,22 @@ from fjft import distributed, sharding, tree
 from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
-from fjft.checkpoint.orbax import Checkpoints, digest, saved_steps
+from fjft.checkpoint.orbax import Checkpoints, digest
 from fjft.errors import UserError
-from fjft.models.quantized import is_scale
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
+from fjft.training.describe import (
+    describe_devices,
+    describe_model,
+    explain_bad_step,
+)
 from fjft.training.fit import check_fits
 from fjft.training.progress import Progress
+from fjft.training.resume import as_saved, refuse_second_run, resume
 from fjft.training.run import Run, build_run
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
@@ -71,7 +76,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     experiment = build_experiment(config)
     keep_programs(experiment.train.compilation_cache)
     directory = Path(experiment.checkpoint.directory)
-    _refuse_second_run(experiment)
+    refuse_second_run(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch(
         experiment.train.batch_size, experiment.train.accumulation_steps, mesh
@@ -79,7 +84,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
     distributed.check_shared(directory)
     screen = Screen(show=distributed.is_first())
     watcher = CompileWatcher()
-    screen.say(_describe_devices(mesh))
+    screen.say(describe_devices(mesh))
 
     files = experiment.model.open()
     # What cannot be trained is said before the data is read.
@@ -107,14 +112,14 @@ def train(config: ml_collections.ConfigDict) -> Result:
                 "held-out data": held_out.lengths.tobytes(),
             }
         )
-        screen.say(_describe_model(run, state))
+        screen.say(describe_model(run, state))
         _, unchanged = tree.partition(run.frozen, is_start)
         base = {"source": files.source, "digest": digest(unchanged)}
         checkpoints = Checkpoints(experiment.checkpoint)
         closing.callback(checkpoints.close)
         progress = Progress()
         if experiment.checkpoint.resume and checkpoints.latest is not None:
-            run, state, progress = _resume(checkpoints, run, state, base)
+            run, state, progress = resume(checkpoints, run, state, base)
             screen.say(f"resumed at step {progress.step}")
         writers = _open_log(config, experiment, progress)
         closing.callback(writers.close)
@@ -128,19 +133,8 @@ def train(config: ml_collections.ConfigDict) -> Result:
     return Result(metrics, directory, model, tokenizer)
 
 
-def _refuse_second_run(experiment: Experiment) -> None:
-    """Checks, before anything big is loaded, that no other run is overwritten."""
-    directory = experiment.checkpoint.directory
-    steps = saved_steps(directory)
-    if steps and not experiment.checkpoint.resume:
-        raise UserError(
-            f"{directory} holds a run up to step {steps[-1]}; go on with it by "
-            "--resume, or name another checkpoint.directory"
-        )
-
-
 def _open_log(
-    config: ml_collections.ConfigDict, experiment: Experiment, progress: "Progress"
+    config: ml_collections.ConfigDict, experiment: Experiment, progress: Progress
 ) -> Writers:
     """Writes the resolved config, and opens the log where the run stands."""
     directory = Path(experiment.checkpoint.directory)
@@ -250,7 +244,9 @@ class Loop:
         metrics = jax.device_get(metrics)
         step = progress.step + 1
         if not metrics.is_finite or not metrics.weight_sum:
-            raise UserError(self._explain_bad_step(step, metrics))
+            self._checkpoints.wait()
+            saved = self._checkpoints.latest
+            raise UserError(explain_bad_step(self._run, step, metrics, saved))
         progress.add(metrics)
         self._meter.add(int(metrics.num_tokens))
         self._lost_seconds += self._say_compiled()
@@ -281,21 +277,6 @@ class Loop:
             self._screen.say(f"compiled {compiled.name} in {compiled.seconds:.1f} s")
             seconds += compiled.seconds
         return seconds
-
-    def _explain_bad_step(self, step: int, metrics: StepMetrics) -> str:
-        rows = self._run.loader.choose_rows(step - 1).tolist()
-        where = f"step {step}, batch {step - 1} (rows {rows})"
-        if not metrics.weight_sum:
-            return f"{where} trains no token at all; look at its rows' labels"
-        self._checkpoints.wait()
-        saved = self._checkpoints.latest
-        kept = f"checkpoint {saved} is good" if saved else "nothing was saved"
-        rate = float(self._run.schedule(step - 1))
-        return (
-            f"{where}: loss {metrics.loss_sum / metrics.weight_sum:g}, gradient norm "
-            f"{metrics.grad_norm:g}; the step was not applied, {kept}: lower "
-            f"optimizer.learning_rate (now {rate:g}) or look at these rows"
-        )
 
     def _is_pause(self, step: int) -> bool:
         """Whether something is evaluated or saved after this step."""
@@ -329,7 +310,7 @@ class Loop:
     ) -> None:
         self._checkpoints.save(
             progress.step,
-            _as_saved(self._run, state),
+            as_saved(self._run, state),
             {
                 "progress": dataclasses.asdict(progress),
                 "data": self._run.loader.state() | {"served": progress.step},
@@ -385,55 +366,6 @@ class Loop:
 
 def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _as_saved(run: Run, state: TrainState) -> dict[str, Any]:
-    """The state, and what adapters started from, as dictionaries, which Orbax knows."""
-    saved = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    starts, _ = tree.partition(run.frozen, is_start)
-    return saved | ({"starts": starts} if starts else {})
-
-
-def _resume(
-    checkpoints: Checkpoints, run: Run, state: TrainState, base: Mapping[str, str]
-) -> tuple[Run, TrainState, Progress]:
-    """Goes back to the last checkpoint: arrays, data order and log.
-
-    Raises:
-      UserError: It was made from another base model, or does not fit this config.
-    """
-    step = checkpoints.latest
-    assert step is not None
-    saved = checkpoints.restore_progress(step)
-    if saved["base"]["digest"] != base["digest"]:
-        raise UserError(
-            f"checkpoint {step} was trained on top of {saved['base']['source']} with "
-            f"digest {saved['base']['digest']}, this base is {base['source']} with "
-            f"digest {base['digest']}; resume with the same model "
-            "and options of peft"
-        )
-    run.loader.restore(saved["data"])
-    restored = checkpoints.restore(step, _as_saved(run, state))
-    starts = restored.pop("starts", {})
-    run = dataclasses.replace(run, frozen=run.frozen | starts)
-    return run, TrainState(**restored), Progress(**saved["progress"])
-
-
-def _describe_devices(mesh: jax.sharding.Mesh) -> str:
-    kind = mesh.devices.flat[0].device_kind
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} x {kind}, mesh {axes}"
-
-
-def _describe_model(run: Run, state: TrainState) -> str:
-    numbers, _ = tree.partition(run.frozen, lambda path: not is_scale(path))
-    trained, held = tree.count(state.params), tree.count(numbers)
-    share = run.num_trainable / (trained + held)
-    gib = tree.num_bytes((run.frozen, state)) / 2**30
-    return (
-        f"{run.num_trainable:,} of {trained + held:,} parameters are trained "
-        f"({share:.2%}); weights and optimizer {gib:.2f} GiB; {run.total_steps} steps"
-    )
 
 
 def _write_results(
