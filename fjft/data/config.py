@@ -46,8 +46,8 @@ class Config:
         first two messages of a chat. Where one text becomes another, they are these.
         Where each word has a tag, it holds a list.
       label_column: The column of the label: a name or a number; several of them, as a
-        list or with commas, where an example may have several; a list of tags; or a
-        question's answers, as SQuAD has them.
+        list or with commas, where an example may have several; a list of tags; a
+        question's answers, as SQuAD has them; or whether an answer is desirable.
       label_names: All labels, in the order of their ids. Empty takes those that occur
         in `train`, sorted.
       doc_stride: Tokens that two windows on a long text share, where questions are

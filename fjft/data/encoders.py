@@ -9,6 +9,7 @@ decide.
 import types
 
 from fjft.data import (
+    desirable,
     groups,
     labelled,
     masked,
@@ -21,6 +22,7 @@ from fjft.data import (
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
+    "desirable": desirable,
     "groups": groups,
     "labelled": labelled,
     "masked": masked,

@@ -9,7 +9,7 @@ is to be learned; see `tokenize`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from fjft.data.examples import Draw, Encoded, Example, Labels
 from fjft.data.templates import MalformedError, Sample, read_sample
 from fjft.data.tokenize import find_labels
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "show_example"]
+__all__ = ["COLUMNS", "Encoder", "find_labels", "join", "show_example"]
 
 COLUMNS = None
 
@@ -75,7 +75,8 @@ class Encoder:
           UserError: As `tokenize.Encoder.encode`.
         """
         encoded = self._encoder.encode([text for pair in samples for text in pair])
-        return list(map(_join, encoded[::2], encoded[1::2]))
+        pairs = zip(encoded[::2], encoded[1::2], strict=True)
+        return [join(dict(enumerate(pair))) for pair in pairs]
 
 
 def _find_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
@@ -87,21 +88,22 @@ def _find_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
     return chosen[:-1], [chosen[-1:], rejected[-1:]]
 
 
-def _join(chosen: Encoded, rejected: Encoded) -> Encoded:
-    texts = []
-    for text in (chosen, rejected):
+def join(texts: Mapping[int, Encoded]) -> Encoded:
+    """One example of the texts that are these parts, or why one cannot be used."""
+    examples: dict[int, Example] = {}
+    for part, text in texts.items():
         if not isinstance(text, Example):
             return text
-        texts.append(text)
+        examples[part] = text
     columns = {
-        name: np.concatenate([text.columns[name] for text in texts])
+        name: np.concatenate([text.columns[name] for text in examples.values()])
         for name in ("input_ids", "labels")
     }
-    lengths = [len(text) for text in texts]
+    lengths = [len(text) for text in examples.values()]
     return Example(
-        columns | {"parts": np.repeat(np.arange(2, dtype=np.int32), lengths)},
-        end_tokens=tuple(token for text in texts for token in text.end_tokens),
-        is_truncated=any(text.is_truncated for text in texts),
+        columns | {"parts": np.repeat(np.array(list(examples), np.int32), lengths)},
+        end_tokens=tuple(token for e in examples.values() for token in e.end_tokens),
+        is_truncated=any(text.is_truncated for text in examples.values()),
     )
 
 
@@ -111,6 +113,6 @@ def show_example(tokenizer: Any, example: Example, labels: None = None) -> str:
     parts = example.columns["parts"]
     texts = (
         Example({name: x[parts == part] for name, x in example.columns.items()})
-        for part in (0, 1)
+        for part in np.unique(parts)
     )
     return "\n".join(tokenize.show_example(tokenizer, text) for text in texts)

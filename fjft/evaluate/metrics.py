@@ -10,6 +10,7 @@ import types
 
 from fjft.evaluate import (
     classification,
+    desirability,
     entities,
     masked,
     perplexity,
@@ -21,6 +22,7 @@ from fjft.evaluate import (
 
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
+    "desirability": desirability,
     "entities": entities,
     "masked": masked,
     "perplexity": perplexity,

@@ -3,45 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import safetensors.numpy
 import tiny
 import torch
-from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-import fjft
-from fjft import tree
 from fjft.errors import UserError
-from fjft.models.bare import without_adapters
 from fjft.objectives import dpo as objective
 from fjft.objectives.cross_entropy import Chunks, token_log_probs
-from fjft.peft import lora
-
-CASE = "llama/llama3-rope-biases"
-TARGETS = ["q_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory):
-    """Our model with an adapter that has learned something, and its PEFT directory."""
-    root = tmp_path_factory.mktemp("dpo")
-    twin = tiny.make_torch(tiny.make_config(CASE))
-    base = tiny.save_torch(twin, root / "base")
-    config = lora.Config(r=4, lora_alpha=8.0, target_modules="|".join(TARGETS))
-    model = tiny.build_model(base, method=lora, peft_config=config)
-    random = np.random.default_rng(0)
-    graphdef, params = tree.split(model)
-    learned, frozen = tree.partition(params, lora.is_trainable(config, ()))
-    learned = {
-        path: jnp.asarray(0.2 * random.standard_normal(x.shape), jnp.float32)
-        for path, x in learned.items()
-    }
-    model = tree.merge(graphdef, frozen, learned)
-    fjft.save_adapter(model, root / "adapter")
-    return model, learned, frozen, twin, root
 
 
 def make_batch():
@@ -65,50 +35,25 @@ def trl_inputs(batch):
     return dict(zip(names, map(torch.tensor, arrays.values()), strict=True))
 
 
-def make_trainer(twin, root, config):
+def make_trainer(adapted, config):
     args = DPOConfig(
-        output_dir=str(root / "trl"),
+        output_dir=str(adapted.root / "trl"),
         use_cpu=True,
         report_to=[],
         beta=config.beta,
         loss_type=[config.loss_type],
     )
     rows = [{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}] * 2
-    trainer = DPOTrainer(
-        model=twin,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tiny.make_tokenizer(),
-        peft_config=peft.LoraConfig(
-            r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"
-        ),
-    )
-    weights = safetensors.numpy.load_file(root / "adapter/adapter_model.safetensors")
-    tensors = {name: torch.tensor(value) for name, value in weights.items()}
-    peft.set_peft_model_state_dict(trainer.model, tensors)
-    return trainer
+    return adapted.make_trainer(DPOTrainer, args, rows)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
 def test_losses_rewards_and_gradients_equal_trls(adapted, tmp_path, loss_type):
-    model, learned, frozen, _, root = adapted
     batch = make_batch()
     config = objective.Config(loss_type=loss_type, beta=0.3, chunk_tokens=16)
-    graphdef, _ = tree.split(model)
+    loss, sums, grads = adapted.gradients(objective, config, batch)
 
-    @jax.jit
-    def gradient(learned, batch):
-        def mean_loss(learned):
-            model = tree.merge(graphdef, frozen, learned)
-            reference = without_adapters(model)
-            sums = objective.loss(model, batch, config, reference=reference)
-            return sums.loss / sums.weight, sums
-
-        return jax.value_and_grad(mean_loss, has_aux=True)(learned)
-
-    (loss, sums), grads = gradient(learned, jax.tree.map(jnp.asarray, batch))
-
-    trainer = make_trainer(tiny.make_torch(tiny.make_config(CASE)), root, config)
+    trainer = make_trainer(adapted, config)
     theirs = trainer._compute_loss(trainer.model, trl_inputs(batch), False)
     theirs.backward()
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
@@ -120,18 +65,7 @@ def test_losses_rewards_and_gradients_equal_trls(adapted, tmp_path, loss_type):
         (sums.correct, "accuracies"),
     ):
         assert float(ours) / 3 == pytest.approx(logged[f"rewards/{name}"], rel=1e-4)
-    # Gradients lie where the factors do, so PEFT's names are theirs too.
-    tree.update(shown := tree.merge(graphdef, frozen, learned), grads)
-    fjft.save_adapter(shown, tmp_path)
-    assert trainer.model is not None
-    named = dict(trainer.model.named_parameters())
-    ours = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
-    assert len(ours) == 2 * 2 * 3
-    for name, value in ours.items():
-        wanted = named[name.replace(".weight", ".default.weight")].grad
-        assert wanted is not None
-        scale = max(float(wanted.abs().max()), 1e-3)
-        np.testing.assert_allclose(value, wanted.numpy(), atol=1e-4 * scale)
+    adapted.assert_gradients_equal(grads, trainer.model, tmp_path)
 
 
 def test_smoothed_labels_are_wrong_so_often():
