@@ -137,12 +137,24 @@ class EvaluateConfig:
     Attributes:
       eval_steps: Optimizer steps between evaluations; 0 is before and after only.
       batch_size: Sequences at a time over all devices; 0 is the training microbatch.
+      metric_for_best_model: The metric that says which step is the best, by its name
+        in the log with or without `eval_`; where there are several sets, the name of a
+        metric alone, such as `loss`, means that of the first set by its letters.
+      load_best_model_at_end: Saves every step that is the best so far, and writes the
+        best one's weights in the end, not the last one's.
+      early_stopping_patience: Stops when so many evaluations running are no better
+        than the best before them; 0 does not.
+      early_stopping_threshold: By how much one must be better to count.
       prompt: A question whose answer is shown before and after training; "" is none.
       max_new_tokens: Longest answer.
     """
 
     eval_steps: int = 0
     batch_size: int = 0
+    metric_for_best_model: str = "loss"
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
     prompt: str = ""
     max_new_tokens: int = 64
 
@@ -150,6 +162,14 @@ class EvaluateConfig:
         check_least("evaluate.eval_steps", self.eval_steps, 0)
         check_least("evaluate.batch_size", self.batch_size, 0)
         check_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        patience = self.early_stopping_patience
+        check_least("evaluate.early_stopping_patience", patience, 0)
+        if (patience or self.load_best_model_at_end) and not self.eval_steps:
+            raise UserError(
+                "evaluate.eval_steps is 0, so there is one evaluation only to choose "
+                "the best of; set it for evaluate.early_stopping_patience and "
+                "evaluate.load_best_model_at_end"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +219,7 @@ class Experiment:
             return len(labels.names)
         return getattr(self.objective_module, "NUM_LABELS", None)
 
-    def load_examples(self, tokenizer: Any) -> tuple[Rows, Rows, Report]:
+    def load_examples(self, tokenizer: Any) -> tuple[Rows, dict[str, Rows], Report]:
         """Reads the data; see `data.dataset.load_examples`."""
         encoder = self.encoder_module.Encoder
         return load_examples(self.data, tokenizer, self.train.seed, encoder)
@@ -256,7 +276,8 @@ def override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> No
         node: Any = config[section]
         value = values[key]
         if entry:
-            old = node.get(option) or {}
+            old = node.get(option)
+            old = old if isinstance(old, ml_collections.ConfigDict) else {}
             value = ml_collections.ConfigDict(
                 {**old, entry[0]: value}, allow_dotted_keys=True
             )
@@ -279,8 +300,9 @@ def option_type(config: ml_collections.ConfigDict, key: str) -> Any:
         return known[key]
     # `peft.rank_pattern.q_proj`: an entry of an option that is a mapping.
     for name, hint in known.items():
-        if key.startswith(f"{name}.") and typing.get_origin(hint) is Mapping:
-            return typing.get_args(hint)[1]
+        for one in (hint, *typing.get_args(hint)):
+            if key.startswith(f"{name}.") and typing.get_origin(one) is Mapping:
+                return typing.get_args(one)[1]
     raise UserError(f"config key {key!r} is unknown{did_you_mean(key, list(known))}")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ from fjft.errors import UserError
 from fjft.telemetry import read_log
 
 TRAIN_COLOR = "#2a6fbb"
-EVAL_COLOR = "#d1495b"
+# Of evaluations, set by set.
+EVAL_COLORS = ("#d1495b", "#2e8b57", "#8a5a9e", "#c98a1b")
 MUTED_COLOR = "#6b7280"
+# The losses of evaluations, and in them the name of the set.
+_EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
 
 
 def draw_curve(
@@ -41,9 +45,11 @@ def draw_curve(
     from matplotlib.ticker import MaxNLocator
 
     rows = read_log(log_path)
-    train, evals = _points(rows, "loss"), _points(rows, "eval_loss")
+    train = _points(rows, "loss")
+    names = dict.fromkeys(n for row in rows for n in row if _EVAL_LOSS.fullmatch(n))
+    evals = {name: _points(rows, name) for name in names}
     rates = _points(rows, "learning_rate")
-    if not train[0] and not evals[0]:
+    if not train[0] and not any(steps for steps, _ in evals.values()):
         raise UserError(f"{log_path} holds no loss to draw; has a step been logged?")
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
@@ -110,23 +116,26 @@ def _draw_losses(axes, train, evals) -> None:
             axes.plot(
                 steps, smooth(losses), color=TRAIN_COLOR, linewidth=2, label="training"
             )
-    if evals[0]:
+    for number, (name, points) in enumerate(evals.items()):
+        if not points[0]:
+            continue
+        color = EVAL_COLORS[number % len(EVAL_COLORS)]
         axes.plot(
-            *evals,
-            color=EVAL_COLOR,
+            *points,
+            color=color,
             linewidth=1.2,
             linestyle="--",
             marker="o",
             markersize=6,
-            label="evaluation",
+            label=_EVAL_LOSS.sub(r"\1", name) or "evaluation",
         )
         axes.annotate(
-            f"{evals[1][-1]:.3f}",
-            (evals[0][-1], evals[1][-1]),
+            f"{points[1][-1]:.3f}",
+            (points[0][-1], points[1][-1]),
             textcoords="offset points",
             xytext=(0, 8),
             ha="right",
-            color=EVAL_COLOR,
+            color=color,
         )
     axes.legend(frameon=False, loc="upper right")
 

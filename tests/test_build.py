@@ -60,6 +60,8 @@ def test_sections_become_checked_dataclasses():
         ({"model": {"source": "x", "dtype": "int8"}}, "model.dtype='int8'.*'bfloat16'"),
         ({"model": {"source": "x", "remat": "some"}}, "model.remat='some'.*'full'"),
         ({"train": 3}, "section 'train' is 3, not a mapping"),
+        ({"data": {"eval": {"a": 3}}}, "data.eval=.*a mapping of names to: a text"),
+        ({"evaluate": {"early_stopping_patience": 2}}, "evaluate.eval_steps is 0"),
     ],
 )
 def test_a_mistake_in_a_config_is_named(sections, message):
@@ -90,12 +92,14 @@ def test_options_are_overridden_by_dotted_key(tmp_path):
         "train.max_steps": 5,  # the file leaves it out
         "mesh.tensor": 2,  # and this section
         "peft.rank_pattern.q_proj": 3,
+        "data.eval.movies": "movies.jsonl",
     }
     assert fjft.load_config(f"{file}:smoke", overrides).to_dict() == {
         "model": {"source": "smoke"},
         "peft": {"method": "lora", "r": 4, "rank_pattern": {"q_proj": 3}},
         "train": {"batch_size": 8, "num_epochs": 2, "max_steps": 5},
         "mesh": {"tensor": 2},
+        "data": {"eval": {"movies": "movies.jsonl"}},
     }
     other = fjft.load_config(str(file), {"peft.method": "full"}).to_dict()
     assert other["peft"] == {"method": "full"}

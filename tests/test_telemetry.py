@@ -300,7 +300,7 @@ def test_compiles_are_counted_by_name_until_closed():
 
 def test_the_curve_is_a_png_even_with_gaps(tmp_path):
     writers = telemetry.make_writers(tmp_path)
-    writers.write(0, {"eval_loss": 3.0})
+    writers.write(0, {"eval_seen_loss": 3.0, "eval_other_loss": 3.5})
     for step in range(1, 40):
         loss = float("nan") if step == 7 else 3.0 / step
         writers.write(step, {"loss": loss, "learning_rate": 1e-4 / step})

@@ -9,7 +9,7 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class Config:
     Attributes:
       directory: All that a run writes goes there.
       save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
-      save_total_limit: Checkpoints kept, counted from the last; the one with the
-        lowest `eval_loss` is kept besides.
+      save_total_limit: Checkpoints kept, counted from the last; the best of those that
+        were judged is kept besides.
       resume: Goes on from the last checkpoint in `directory`, if there is one.
     """
 
@@ -47,29 +47,24 @@ class Config:
 
 
 class Checkpoints:
-    """The checkpoints of one run, by optimizer step."""
+    """The checkpoints of one run, by optimizer step.
+
+    Attributes:
+      kept_step: One that is kept however old it becomes, or None.
+    """
 
     def __init__(self, config: Config):
         import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import (
-            AnyPreservationPolicy,
-            BestN,
-            LatestN,
-        )
+        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
         self._directory = (Path(config.directory) / "checkpoints").absolute()
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        policy = AnyPreservationPolicy([LatestN(config.save_total_limit), best])
+        self.kept_step: int | None = None
+        policies = [LatestN(config.save_total_limit), _KeptStep(self)]
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy,
+                    preservation_policy=AnyPreservationPolicy(policies),
                     cleanup_tmp_directories=True,
                 ),
                 item_names=("state", "progress"),
@@ -82,20 +77,13 @@ class Checkpoints:
         """The last step that was saved whole."""
         return self._manager.latest_step()
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        progress: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
         """Starts to save; returns when the values are copied, not when on disk.
 
         Args:
           step: Optimizer steps done.
           state: A pytree of arrays.
           progress: What JSON can hold: the data's position, the base's digest.
-          metrics: `eval_loss`, if it was measured at this step.
 
         Raises:
           UserError: There is no space for this checkpoint or the one before.
@@ -107,7 +95,7 @@ class Checkpoints:
             progress=ocp.args.JsonSave(dict(progress)),
         )
         try:
-            is_saved = self._manager.save(step, args=args, metrics=metrics)
+            is_saved = self._manager.save(step, args=args)
         except (OSError, ValueError, RuntimeError) as error:
             raise _write_error(self._directory, error) from error
         if not is_saved:
@@ -158,6 +146,19 @@ class Checkpoints:
         """Waits, and frees the background threads."""
         self.wait()
         self._manager.close()
+
+
+class _KeptStep:
+    """Orbax's preservation policy for the step that `checkpoints` names."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        del context
+        return [one.step == self._checkpoints.kept_step for one in checkpoints]
 
 
 def saved_steps(directory: str | Path) -> list[int]:

@@ -116,7 +116,7 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
     from fjft.build import build_experiment
     from fjft.cli.main import STARTED
     from fjft.telemetry_speed import peak_flops
-    from fjft.training.run import place
+    from fjft.training.placing import place
 
     experiment = build_experiment(config)
     mesh = sharding.make_mesh(experiment.mesh)
@@ -197,7 +197,8 @@ def _build(experiment: Any, mesh: Any, synthetic: bool) -> tuple[Any, Any]:
                 "--synthetic makes text without labels, which is not what this "
                 "objective learns from; leave it out"
             )
-        rows = held_out = _random_rows(experiment, files.config.vocab_size)
+        rows = _random_rows(experiment, files.config.vocab_size)
+        held_out = {"": rows}
     else:
         rows, held_out, _ = experiment.load_examples(files.load_tokenizer())
     return build_run(experiment, mesh, files, rows, held_out)

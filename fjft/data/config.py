@@ -1,6 +1,7 @@
 """The data section of a config."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from fjft.errors import UserError
 
@@ -22,8 +23,9 @@ class Config:
         A source is a local file, directory or glob; `package:NAME/path-or-glob`; or a
         Hugging Face dataset as `id`, `id:split` or `id:config:split`, where
         `split[:1000]` takes the first 1000 rows.
-      eval: Held-out data, written like `train`. A Hugging Face dataset without a
-        split means `test` here and `train` there.
+      eval: Held-out data, written like `train`; or several sets of it, a mapping of
+        names to such sources, which are judged one by one. A Hugging Face dataset
+        without a split means `test` here and `train` there.
       eval_size: When `eval` is empty, how much of `train` is held out: a fraction if
         below 1, otherwise a number of examples. Which rows are held out depends on
         the seed and the row's number only.
@@ -59,7 +61,7 @@ class Config:
     """
 
     train: str | tuple[str, ...] = ()
-    eval: str | tuple[str, ...] = ()
+    eval: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = ()
     eval_size: float = 0.0
     max_length: int = 1024
     packing: bool = True
@@ -112,3 +114,10 @@ class Config:
             raise UserError(
                 f"data.buckets is {self.buckets}; use increasing lengths in tokens"
             )
+
+    @property
+    def eval_sources(self) -> Mapping[str, str | tuple[str, ...]]:
+        """Sources of held-out data by name; a single one has the name ""."""
+        if isinstance(self.eval, Mapping):
+            return self.eval
+        return {"": self.eval} if self.eval else {}

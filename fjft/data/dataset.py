@@ -51,7 +51,7 @@ def load_examples(
     tokenizer: Any,
     seed: int = 0,
     make_encoder: Callable[[Any, Config], Encoder] = tokenize.Encoder,
-) -> tuple[Rows, Rows, Report]:
+) -> tuple[Rows, dict[str, Rows], Report]:
     """Reads, tokenizes and packs the training and the evaluation data.
 
     Args:
@@ -61,8 +61,8 @@ def load_examples(
       make_encoder: The `Encoder` of a module in `encoders`.
 
     Returns:
-      Rows for training, rows for evaluation (empty if there are none) and the account
-      of what was read.
+      Rows for training; rows for evaluation by the name of their set, "" where it has
+      none; and the account of what was read.
 
     Raises:
       UserError: A source cannot be read, nothing is left to train on, or `strict` is
@@ -71,39 +71,44 @@ def load_examples(
     if not list_specs(config.train):
         raise UserError("data.train is empty; name a file, a package or a dataset")
     encoder = make_encoder(tokenizer, config)
-    examples, report = read_examples(config, encoder, "train")
-    if list_specs(config.eval):
-        held_out, report.eval = read_examples(config, encoder, "eval")
-    else:
-        examples, held_out = hold_out(examples, config.eval_size, seed)
-        report.held_out = len(held_out)
-    train, evaluation = (
-        Rows(e, config, encoder.draw, encoder.num_parts) for e in (examples, held_out)
+    examples, report = read_examples(config, encoder, config.train, "train")
+    sets: dict[str, Examples] = {}
+    for name, sources in config.eval_sources.items():
+        option = f"eval.{name}" if name else "eval"
+        sets[name], part = read_examples(config, encoder, sources, option)
+        report.evals.append(part)
+    if not sets and config.eval_size:
+        examples, sets[""] = hold_out(examples, config.eval_size, seed)
+        report.held_out = len(sets[""])
+    train, *evaluation = (
+        Rows(e, config, encoder.draw, encoder.num_parts)
+        for e in (examples, *sets.values())
     )
-    for rows, part in ((train, report), (evaluation, report.eval)):
-        if part is not None:
-            part.packed_rows = 0 if rows.bins is None else len(rows)
-            part.efficiency = rows.efficiency
-    return train, evaluation, report
+    # What was held out of the training data has no account of its own.
+    accounts = (report, *report.evals)
+    for rows, part in zip((train, *evaluation), accounts, strict=False):
+        part.packed_rows = 0 if rows.bins is None else len(rows)
+        part.efficiency = rows.efficiency
+    return train, dict(zip(sets, evaluation, strict=True)), report
 
 
 def read_examples(
-    config: Config, encoder: Encoder, name: str = "train"
+    config: Config, encoder: Encoder, sources: str | Sequence[str], name: str
 ) -> tuple[Examples, Report]:
     """Reads and tokenizes one of the config's sources.
 
     Args:
       config: The data section.
       encoder: What makes examples of its rows.
-      name: Which source, `train` or `eval`.
+      sources: Where they are.
+      name: Of which option these are the value: `train`, `eval` or `eval.NAME`.
 
     Raises:
       UserError: As `load_examples`.
     """
-    sources: str | Sequence[str] = getattr(config, name)
     report = Report(name, strict=config.strict, generates=encoder.generates)
     spool = Spool(columns=encoder.columns, labels=encoder.labels)
-    rows = read_rows(sources, split="test" if name == "eval" else "train")
+    rows = read_rows(sources, split="train" if name == "train" else "test")
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
         first = report.rows_read
         results = _encode_rows(chunk, encoder, report)

@@ -27,7 +27,7 @@ class Report:
     """The account of one pass over the sources; fields grow while rows are read.
 
     Attributes:
-      name: What was read, `train` or `eval`.
+      name: What was read, `train`, `eval` or `eval.NAME`.
       strict: Whether the first rejection is an error.
       generates: Whether what is learned is to be generated.
       rows_read: Rows, malformed ones included.
@@ -45,7 +45,7 @@ class Report:
       packed_rows: Rows of `max_length` after packing; 0 without packing.
       efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
         packing, with each example in its own smallest bucket.
-      eval: The account of a separate evaluation source, if there is one.
+      evals: The accounts of separate evaluation sources.
     """
 
     name: str = "train"
@@ -70,7 +70,7 @@ class Report:
     )
     packed_rows: int = 0
     efficiency: float = 0.0
-    eval: "Report | None" = None
+    evals: "list[Report]" = dataclasses.field(default_factory=list)
 
     def reject(self, place: str, reason: str, detail: str = "") -> None:
         """Counts a row that is not used.
@@ -108,7 +108,7 @@ class Report:
                 f"data.{self.name}: {self.rejected_rows:,} of {self.rows_read:,} rows "
                 "were not used; see the reasons above"
             )
-        return found + (self.eval.warnings() if self.eval else [])
+        return found + [line for part in self.evals for line in part.warnings()]
 
     def describe(self) -> list[str]:
         """The account as lines of text, warnings not included."""
@@ -140,4 +140,4 @@ class Report:
         )
         kind = f"{self.packed_rows:,} packed rows" if self.packed_rows else "padded"
         lines.append(f"  {kind}, {self.efficiency:.1%} of positions hold tokens")
-        return lines + (self.eval.describe() if self.eval else [])
+        return lines + [line for part in self.evals for line in part.describe()]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from fjft.programs import keep_programs
 from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
+from fjft.training.best import compare
 from fjft.training.describe import (
     describe_devices,
     describe_model,
@@ -31,7 +31,7 @@ from fjft.training.describe import (
 )
 from fjft.training.fit import check_fits
 from fjft.training.progress import Progress
-from fjft.training.resume import as_saved, refuse_second_run, resume
+from fjft.training.resume import as_saved, refuse_second_run, restore_state, resume
 from fjft.training.run import Run, build_run
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
@@ -46,7 +46,8 @@ class Result:
     """What a training run leaves.
 
     Attributes:
-      metrics: The last value of every metric, and `eval_loss_before`.
+      metrics: The last value of every metric, or the best step's where that one is the
+        result; and `eval_loss_before`.
       directory: Config, log, curve, checkpoints, and the adapter or the model.
       model: The trained model.
       tokenizer: Its tokenizer.
@@ -109,7 +110,9 @@ def train(config: ml_collections.ConfigDict) -> Result:
             {
                 "config": json.dumps(config.to_dict()).encode(),
                 "training data": rows.lengths.tobytes(),
-                "held-out data": held_out.lengths.tobytes(),
+                "held-out data": b"".join(
+                    each.lengths.tobytes() for each in held_out.values()
+                ),
             }
         )
         screen.say(describe_model(run, state))
@@ -119,7 +122,7 @@ def train(config: ml_collections.ConfigDict) -> Result:
         closing.callback(checkpoints.close)
         progress = Progress()
         if experiment.checkpoint.resume and checkpoints.latest is not None:
-            run, state, progress = resume(checkpoints, run, state, base)
+            run, state, progress = resume(checkpoints, run, base)
             screen.say(f"resumed at step {progress.step}")
         writers = _open_log(config, experiment, progress)
         closing.callback(writers.close)
@@ -189,23 +192,33 @@ class Loop:
         self, state: TrainState, progress: Progress
     ) -> tuple[TrainState, dict[str, float]]:
         """Judges, trains, and judges again."""
+        is_done = self._is_done(progress)
+        if is_done:
+            self._screen.say(f"all {progress.step} steps are done already")
         if progress.step == 0:
-            progress.eval_loss_before = self._evaluate(state, progress).get("eval_loss")
-            self._answer(state, "before")
-        elif progress.step >= self._run.total_steps:
-            self._screen.say(f"all {self._run.total_steps} steps are done already")
             self._evaluate(state, progress)
-        elif (
+            progress.eval_loss_before = self._eval_loss()
+            self._answer(state, "before")
+        elif is_done or (
+            # Stopped there in a hurry.
             self._is_evaluation(progress.step) and progress.judged_step < progress.step
         ):
-            # Stopped there in a hurry.
             self._evaluate(state, progress)
+            self._keep_best(progress)
         state = self._train(state, progress)
+        if self._experiment.evaluate.load_best_model_at_end and progress.kept_step:
+            del state  # The best one takes its memory.
+            state, _ = restore_state(self._checkpoints, progress.kept_step, self._run)
+            self.last |= progress.best_metrics
+            self._screen.say(
+                f"step {progress.kept_step} was the best: it is the result"
+            )
         self._answer(state, "after")
-        before, after = progress.eval_loss_before, self.last.get("eval_loss")
+        before, after = progress.eval_loss_before, self._eval_loss()
         if before is not None and after is not None:
             self.last["eval_loss_before"] = before
-            self._screen.say(f"eval_loss {before:.4f} before, {after:.4f} after")
+            name = self._run.evaluation.loss_name
+            self._screen.say(f"{name} {before:.4f} before, {after:.4f} after")
         self._screen.say(
             f"{self._watcher.count} compilations, {self._watcher.cache_hits} of them "
             f"kept from an earlier start, {self._watcher.seconds:.1f} s in all"
@@ -225,6 +238,8 @@ class Loop:
         pending: StepMetrics | None = None
         with StopRequest() as stop:
             for number in range(progress.step + 1, run.total_steps + 1):
+                if self._is_done(progress):
+                    break
                 state, metrics = run.train_step(state, run.frozen, next(batches))
                 if pending is not None:
                     self._settle(pending, progress)
@@ -289,25 +304,43 @@ class Loop:
             step, self._experiment.evaluate.eval_steps
         )
 
+    def _is_done(self, progress: Progress) -> bool:
+        """Whether all steps are taken, or it does not pay to take more."""
+        patience = self._experiment.evaluate.early_stopping_patience
+        waited = progress.evaluations_without_gain
+        return progress.step >= self._run.total_steps or 0 < patience <= waited
+
     def _pause(self, state: TrainState, progress: Progress, must_stop: bool) -> None:
         """Evaluates and saves, where it is time to."""
         step, save_steps = progress.step, self._experiment.checkpoint.save_steps
         started = time.perf_counter()
-        is_last = step == self._run.total_steps
-        judged = {}
+        must_save = must_stop or _is_multiple(step, save_steps)
         if self._is_evaluation(step) and not must_stop:
-            judged = self._evaluate(state, progress)
-        if is_last or must_stop or _is_multiple(step, save_steps):
-            self._save(state, progress, judged)
+            self._evaluate(state, progress)
+            is_best = progress.best_step == step
+            must_save |= self._experiment.evaluate.load_best_model_at_end and is_best
+        if must_save or self._is_done(progress):
+            self._save(state, progress)
         if must_stop:
             self._checkpoints.wait()
             raise UserError(f"stopped at step {step}, which is saved; use --resume")
+        if self._is_done(progress) and step < self._run.total_steps:
+            self._screen.say(
+                f"stopped at step {step}: {progress.evaluations_without_gain} "
+                f"evaluations running were no better than that of step "
+                f"{progress.best_step}"
+            )
         self._say_compiled()
         self._lost_seconds += time.perf_counter() - started
 
-    def _save(
-        self, state: TrainState, progress: Progress, judged: Mapping[str, float]
-    ) -> None:
+    def _keep_best(self, progress: Progress) -> None:
+        """Sees to it that the best step stays, once it is saved."""
+        if progress.best_step == progress.step:
+            progress.kept_step = progress.step
+        self._checkpoints.kept_step = progress.kept_step
+
+    def _save(self, state: TrainState, progress: Progress) -> None:
+        self._keep_best(progress)
         self._checkpoints.save(
             progress.step,
             as_saved(self._run, state),
@@ -316,31 +349,29 @@ class Loop:
                 "data": self._run.loader.state() | {"served": progress.step},
                 "base": dict(self._base),
             },
-            {"eval_loss": judged["eval_loss"]} if judged else None,
         )
 
-    def _evaluate(self, state: TrainState, progress: Progress) -> dict[str, float]:
-        sums = self._run.evaluate(state)
-        if sums is None:
-            return {}
-        module = self._experiment.metrics_module
-        judged = {f"eval_{k}": v for k, v in module.summarize(sums).items()}
-        if not math.isfinite(judged["eval_loss"]):
-            raise UserError(
-                f"after step {progress.step} eval_loss is {judged['eval_loss']}; "
-                "that step is not saved: lower optimizer.learning_rate, or look "
-                "at the held-out rows if it is so from the start"
-            )
-        self.last |= judged
-        if progress.judged_step < progress.step:
-            self._log(progress.step, judged)
-            progress.judged_step = progress.step
-        numbers = ", ".join(f"{name} {value:.5g}" for name, value in judged.items())
-        self._screen.say(f"step {progress.step}: {numbers}")
-        report = module.report(sums, self._run.label_names)
-        if report:
-            self._screen.say(report)
-        return judged
+    def _evaluate(self, state: TrainState, progress: Progress) -> None:
+        """Judges what is held out, if anything is, and says and logs what it finds."""
+        judged, step = self._run.evaluate(state), progress.step
+        if not judged.metrics:
+            return
+        judged.check_finite(step)
+        options = self._experiment.evaluate
+        metric = judged.find_metric(options.metric_for_best_model)
+        self.last |= judged.metrics
+        if progress.judged_step < step:
+            self._log(step, judged.metrics)
+            progress.judged_step = step
+            if step:
+                threshold = options.early_stopping_threshold
+                compare(progress, judged.metrics, metric, threshold)
+        numbers = (f"{name} {value:.5g}" for name, value in judged.metrics.items())
+        for text in (f"step {step}: {', '.join(numbers)}", *judged.reports):
+            self._screen.say(text)
+
+    def _eval_loss(self) -> float | None:
+        return self.last.get(self._run.evaluation.loss_name)
 
     def _answer(self, state: TrainState, when: str) -> None:
         """Shows what the model says to the config's prompt."""

@@ -14,6 +14,10 @@ class Progress:
       num_tokens: Tokens seen, padding not counted.
       eval_loss_before: `eval_loss` before the first step.
       judged_step: The last step whose evaluation has been logged; -1 is none.
+      best_step: The step whose evaluation was the best; None before the first one.
+      best_metrics: What that evaluation found.
+      evaluations_without_gain: How many running were no better than the best.
+      kept_step: The last step that was the best when it was saved; None is none.
       loss_sum: Of the steps since the last log line; so the next three.
       weight_sum: Trained tokens, or labels.
       correct_sum: Of them, predicted right.
@@ -24,6 +28,10 @@ class Progress:
     num_tokens: int = 0
     eval_loss_before: float | None = None
     judged_step: int = -1
+    best_step: int | None = None
+    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluations_without_gain: int = 0
+    kept_step: int | None = None
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     correct_sum: float = 0.0

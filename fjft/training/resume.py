@@ -37,7 +37,7 @@ def as_saved(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 def resume(
-    checkpoints: Checkpoints, run: Run, state: TrainState, base: Mapping[str, str]
+    checkpoints: Checkpoints, run: Run, base: Mapping[str, str]
 ) -> tuple[Run, TrainState, Progress]:
     """Goes back to the last checkpoint: arrays, data order and log.
 
@@ -55,7 +55,15 @@ def resume(
             "and options of peft"
         )
     run.loader.restore(saved["data"])
-    restored = checkpoints.restore(step, as_saved(run, state))
-    starts = restored.pop("starts", {})
+    state, starts = restore_state(checkpoints, step, run)
     run = dataclasses.replace(run, frozen=run.frozen | starts)
-    return run, TrainState(**restored), Progress(**saved["progress"])
+    return run, state, Progress(**saved["progress"])
+
+
+def restore_state(
+    checkpoints: Checkpoints, step: int, run: Run
+) -> tuple[TrainState, tree.Params]:
+    """Reads a checkpoint's state, and what adapters started from."""
+    restored = checkpoints.restore(step, as_saved(run, run.state_shapes))
+    starts = restored.pop("starts", {})
+    return TrainState(**restored), starts

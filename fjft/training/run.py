@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,9 +15,10 @@ from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
-from fjft.evaluate.sums import Tally, add_up
 from fjft.pretrained import build_model, name_labels
 from fjft.training import step as steps
+from fjft.training.evaluation import Evaluation, Judged
+from fjft.training.placing import place
 from fjft.training.program import Program, build_program
 from fjft.training.state import TrainState, init_state
 
@@ -32,55 +31,34 @@ class Run(Program):
       graphdef: The model's structure, with the files that it came from.
       frozen: The parameters that are only read.
       loader: Training batches.
-      eval_loader: Held-out batches, or None.
-      label_names: What the head tells apart, in the order of ids, where it does.
-      make_tally: Makes what adds up an evaluation.
+      evaluation: All that is held out.
     """
 
     graphdef: nnx.GraphDef
     frozen: tree.Params
     loader: Loader
-    eval_loader: Loader | None
-    label_names: tuple[str, ...]
-    make_tally: Callable[[], Tally]
+    evaluation: Evaluation
 
     def batches(self) -> Iterator[steps.Batch]:
         """Training batches from where the loader stands, on the devices."""
         return (place(batch, self.mesh) for batch in self.loader)
 
-    def evaluate(self, state: TrainState) -> Any:
-        """The objective's sums over the held-out rows; None when there are none."""
-        if self.eval_loader is None:
-            return None
-        judge = functools.partial(self.eval_step, state.params, self.frozen)
-        batches = self.eval_loader.batches()
-        batches = (place(batch, self.mesh) for batch in batches)
-        return add_up(judge, batches, self.make_tally())
+    def evaluate(self, state: TrainState) -> Judged:
+        """Judges the model as it is now on all that is held out."""
+        step = functools.partial(self.eval_step, state.params, self.frozen)
+        return self.evaluation.judge(step)
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
         return tree.merge(self.graphdef, self.frozen, state.params)
 
 
-def place(batch: dict[str, np.ndarray], mesh: Mesh) -> steps.Batch:
-    """Puts this process's rows of a batch on its devices."""
-    rows, shards = sharding.batch_sharding(mesh), sharding.local_shards(mesh)
-
-    def place_column(local: np.ndarray) -> jax.Array:
-        size = len(local) // len(shards)
-        shape = size * sharding.data_shards(mesh), *local.shape[1:]
-
-        def read(index: Any) -> np.ndarray:
-            first = shards.index((index[0].start or 0) // size) * size
-            return local[first : first + size]
-
-        return jax.make_array_from_callback(shape, rows, read)
-
-    return {name: place_column(column) for name, column in batch.items()}
-
-
 def build_run(
-    experiment: Experiment, mesh: Mesh, files: ModelFiles, train: Rows, held_out: Rows
+    experiment: Experiment,
+    mesh: Mesh,
+    files: ModelFiles,
+    train: Rows,
+    held_out: Mapping[str, Rows],
 ) -> tuple[Run, TrainState]:
     """Loads the model and builds its steps.
 
@@ -89,7 +67,7 @@ def build_run(
       mesh: Where everything lies.
       files: The pretrained model.
       train: Rows to train on.
-      held_out: Rows to judge; may be empty.
+      held_out: Rows to judge, by the name of their set.
 
     Raises:
       UserError: The model cannot be loaded, or a batch does not fit the mesh.
@@ -106,8 +84,8 @@ def build_run(
         shards=sharding.local_shards(mesh),
         num_shards=sharding.data_shards(mesh),
     )
-    eval_loader = make_eval_loader(e, mesh, held_out) if len(held_out) else None
-    if e.evaluate.eval_steps and eval_loader is None:
+    evaluation = Evaluation(e, mesh, held_out)
+    if e.evaluate.eval_steps and not len(evaluation):
         raise UserError(
             f"evaluate.eval_steps is {e.evaluate.eval_steps}, but no rows are held "
             "out; set data.eval or data.eval_size, or evaluate.eval_steps=0"
@@ -141,9 +119,7 @@ def build_run(
         graphdef=graphdef,
         frozen=frozen,
         loader=loader,
-        eval_loader=eval_loader,
-        label_names=labels.names if labels is not None else (),
-        make_tally=lambda: e.metrics_module.Tally(held_out.examples, e.objective),
+        evaluation=evaluation,
     )
     return run, init_state(
         trainable,
@@ -151,21 +127,4 @@ def build_run(
         e.train.seed,
         program.rule,
         on_host=e.optimizer.offload,
-    )
-
-
-def make_eval_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
-    """Makes the loader of held-out rows, in order.
-
-    Raises:
-      UserError: A batch does not fit the mesh.
-    """
-    size = e.evaluate.batch_size or e.train.batch_size // e.train.accumulation_steps
-    sharding.check_batch(size, 1, mesh)
-    return Loader(
-        held_out,
-        size,
-        shuffle=False,
-        shards=sharding.local_shards(mesh),
-        num_shards=sharding.data_shards(mesh),
     )

@@ -49,7 +49,7 @@ def test_every_bad_row_is_counted_with_its_place(chatml, write):
     )
     train, evaluation, report = load_examples(Config(train=path, max_length=64), chatml)
     assert len(train.examples) == report.examples == 2
-    assert len(evaluation) == 0
+    assert not evaluation
     assert report.rows_read == 8
     places = {r.places[0].split(" ")[0] for r in report.rejected.values()}
     assert places == {f"{path}:{n}" for n in (2, 3, 4, 5, 6, 7)}
@@ -105,11 +105,24 @@ def test_separate_evaluation_data(chatml, write):
     train_path = write(*[pair(i) for i in range(20)])
     eval_path = write(*[pair(i) for i in range(5)], "{", name="eval.jsonl")
     config = Config(train=train_path, eval=eval_path)
-    train, evaluation, report = load_examples(config, chatml)
-    assert (len(train.examples), len(evaluation.examples)) == (20, 5)
-    assert report.eval is not None
-    assert report.eval.rejected_rows == 1
+    train, sets, report = load_examples(config, chatml)
+    assert (len(train.examples), len(sets[""].examples)) == (20, 5)
+    assert report.evals[0].rejected_rows == 1
     assert "data.eval: 6 rows" in "\n".join(report.describe())
+
+
+def test_several_sets_of_evaluation_data(chatml, write):
+    path = write(*[pair(i) for i in range(20)])
+    few = write(*[pair(i) for i in range(5)], "{", name="few.jsonl")
+    config = Config(train=path, eval={"seen": path, "few": few})
+    _, sets, report = load_examples(config, chatml)
+    found = {name: len(rows.examples) for name, rows in sets.items()}
+    assert found == {"seen": 20, "few": 5}
+    told = "\n".join(report.describe())
+    assert "data.eval.seen: 20 rows" in told
+    assert "data.eval.few: 6 rows" in told
+    with pytest.raises(UserError, match=r"data\.eval\.none: .* holds no rows"):
+        load_examples(Config(train=path, eval={"none": ""}), chatml)
 
 
 def first_tokens(rows):
@@ -123,9 +136,8 @@ def test_held_out_rows_depend_on_seed_and_row_alone(chatml, write):
     path = write(*[pair(i, n=1 + (i == 7) * 300) for i in range(200)])
 
     def split(seed=0, **config):
-        train, held_out, report = load_examples(
-            Config(train=path, **config), chatml, seed
-        )
+        train, sets, report = load_examples(Config(train=path, **config), chatml, seed)
+        held_out = sets[""]
         assert report.held_out == len(held_out.examples)
         assert len(train.examples) + len(held_out.examples) == report.examples
         assert not first_tokens(train) & first_tokens(held_out)
@@ -243,11 +255,11 @@ def test_real_conversations(chatml, language):
         max_length=4096,
         eval_size=0.1,
     )
-    train, held_out, report = load_examples(config, chatml)
+    train, sets, report = load_examples(config, chatml)
     assert report.formats.most_common(1)[0][0] == "turns"
     assert report.rejected_rows <= 2
     assert report.efficiency > 0.9
-    for rows in (train, held_out):
+    for rows in (train, sets[""]):
         for i in range(0, len(rows.examples), 37):
             ids, labels = rows.examples[i].columns.values()
             # Between the header and the end of each turn, exactly the answers.

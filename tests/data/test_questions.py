@@ -85,7 +85,8 @@ def test_windows_are_the_tokenizers_and_hold_the_answer(read, spelling_tokenizer
 
 def test_a_held_out_question_keeps_its_windows(read):
     rows = [make_row(f"Word{n}") for n in range(6)]
-    train, held_out, _ = read(rows, eval_size=2.0)
+    train, sets, _ = read(rows, eval_size=2.0)
+    held_out = sets[""]
     asked = [
         {json.loads(part.examples.notes[i])["question"] for i in range(len(part))}
         for part in (train, held_out)

@@ -9,7 +9,6 @@ from tiny_experiment import make_config, start
 
 from fjft.build import build_experiment
 from fjft.data.dataset import load_examples
-from fjft.evaluate import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def judged(llama):
     """What torch makes of each held-out example: NLLs, and whether it hit."""
     experiment = build_experiment(make_config(llama, "unused"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    _, held_out, _ = load_examples(experiment.data, tokenizer, 0)
+    held_out = load_examples(experiment.data, tokenizer, 0)[1][""]
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="float32")
     losses, hits = [], []
     for i in range(len(held_out.examples)):
@@ -49,13 +48,12 @@ def test_eval_loss_is_torchs_mean_over_tokens(
         llama, tmp_path, evaluate__batch_size=batch_size, data__packing=packing
     )
     started = start(config, mesh)
-    num_rows = len(started.run.eval_loader._rows)
     assert len(held_out.examples) == 16
     if batch_size == 3:
-        assert num_rows % 3, "the last batch should have been partial"
+        assert len(held_out) % 3, "the last batch should have been partial"
     with jax.set_mesh(started.mesh):
-        found = perplexity.summarize(started.run.evaluate(started.state))
-    assert found["num_tokens"] == count
-    assert found["loss"] == pytest.approx(loss, rel=1e-6)
-    assert found["mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-12)
-    assert found["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+        found = started.run.evaluate(started.state).metrics
+    assert found["eval_num_tokens"] == count
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert found["eval_mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-12)
+    assert found["eval_perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)

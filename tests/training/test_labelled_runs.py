@@ -75,7 +75,7 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     assert model.config.id2label == dict(enumerate(NAMES))
     assert model.config.problem_type == "single_label_classification"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, _ = fjft.build.build_experiment(config).load_examples(tokenizer)
+    held_out = fjft.build.build_experiment(config).load_examples(tokenizer)[1][""]
     logits, labels = [], []
     for i in range(len(held_out.examples)):
         example = held_out.examples[i]

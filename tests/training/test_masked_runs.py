@@ -73,7 +73,7 @@ def test_a_model_from_scratch_ends_in_what_transformers_loads(
     ).eval()
     assert model.config.num_hidden_layers == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    held_out = build_experiment(config).load_examples(tokenizer)[1][""]
     total, wrong, count = 0.0, 0, 0
     for i in range(len(held_out.examples)):
         # The evaluation's own draw: the loader's seed, and the first epoch.

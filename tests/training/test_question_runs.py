@@ -60,7 +60,7 @@ def test_a_run_ends_in_what_transformers_answers_with(make_config, tmp_path, cap
         tmp_path / "run/model"
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    held_out = build_experiment(config).load_examples(tokenizer)[1][""]
     assert len(held_out) == 16
     assert held_out.examples.notes is not None
     best: dict[int, tuple[float, str, str]] = {}

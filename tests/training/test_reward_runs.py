@@ -49,7 +49,7 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path):
     ).eval()
     assert model.config.num_labels == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    held_out = build_experiment(config).load_examples(tokenizer)[1][""]
     rewards = np.zeros((16, 2))
     for i in range(16):
         columns = held_out.example(i).columns

@@ -73,8 +73,9 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
         tmp_path / "run/model"
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, report = build_experiment(config).load_examples(tokenizer)
+    _, sets, report = build_experiment(config).load_examples(tokenizer)
     assert report.examples == 96
+    held_out = sets[""]
     total, count, exact = 0.0, 0, 0
     for i in range(len(held_out.examples)):
         columns = held_out.examples[i].columns

@@ -67,7 +67,7 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     ).eval()
     assert model.config.id2label == dict(enumerate(NAMES))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    held_out = build_experiment(config).load_examples(tokenizer)[1][""]
     true, said = [], []
     for i in range(len(held_out.examples)):
         columns = held_out.examples[i].columns
