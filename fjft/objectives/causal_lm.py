@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fjft.labels import IGNORED
-from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import Sums, cross_entropy_sums
 
 EXAMPLES = "text"
 HEAD = None  # the checkpoint's own

@@ -1,32 +1,22 @@
 """Cross-entropy of a vocabulary projection, without ever holding all logits."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from fjft.sharding import constrain, data_shards, sequence_shards
-
-Terms = Sequence[tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunks:
-    """How much of the logits exists at a time.
-
-    Attributes:
-      tokens: Tokens per device; rounded to what divides the sequence length.
-      vocab_parts: Parts into which the vocabulary is cut; 1 keeps it whole. More parts
-        save memory and cost a second product with the projection in training.
-    """
-
-    tokens: int = 512
-    vocab_parts: int = 1
+from fjft.objectives.chunks import (
+    Chunks,
+    Terms,
+    add_gradients,
+    count_chunks,
+    cut,
+    form_logits,
+    join,
+)
 
 
 class Sums(NamedTuple):
@@ -73,13 +63,13 @@ def cross_entropy_sums(
     """
     vectors, matrices = zip(*terms, strict=True)
     B, T = targets_BT.shape
-    steps = _num_chunks(B, T, chunks.tokens)
+    steps = count_chunks(B, T, chunks.tokens)
     parts = _smallest_divisor(matrices[0].shape[0], at_least=chunks.vocab_parts)
     sums: Any = _sums(
-        tuple(_cut(x, steps) for x in vectors),
+        tuple(cut(x, steps) for x in vectors),
         matrices,
-        _cut(targets_BT, steps),
-        _cut(weights_BT, steps),
+        cut(targets_BT, steps),
+        cut(weights_BT, steps),
         parts,
         label_smoothing,
         softcap,
@@ -102,12 +92,12 @@ def token_log_probs(
     """
     vectors, matrices = zip(*terms, strict=True)
     B, T = targets_BT.shape
-    steps = _num_chunks(B, T, chunks.tokens)
+    steps = count_chunks(B, T, chunks.tokens)
 
     @jax.checkpoint
     def chunk(matrices: Any, xs: Any) -> jax.Array:
         hidden, targets = xs
-        logits = _logits(hidden, matrices, softcap)
+        logits = form_logits(hidden, matrices, softcap)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
         return target - jax.nn.logsumexp(logits, axis=-1)
@@ -115,39 +105,9 @@ def token_log_probs(
     log_probs = jax.lax.scan(
         lambda _, xs: (None, chunk(matrices, xs)),
         None,
-        (tuple(_cut(x, steps) for x in vectors), _cut(targets_BT, steps)),
+        (tuple(cut(x, steps) for x in vectors), cut(targets_BT, steps)),
     )[1]
-    return _join(log_probs)
-
-
-def _cut(x: jax.Array, steps: int) -> jax.Array:
-    """[B, T, ...] as [steps, B, T / steps, ...], each with tokens of every device."""
-    B, T, *rest = x.shape
-    shards = sequence_shards(T)
-    parts = x.reshape(B, shards, steps, -1, *rest)
-    parts = jnp.moveaxis(parts, 2, 0).reshape(steps, B, T // steps, *rest)
-    if shards == 1:
-        return parts
-    return constrain(parts, None, "batch", "sequence", *(None,) * len(rest))
-
-
-def _join(parts: Shaped[Array, "steps B C"]) -> Shaped[Array, "B T"]:
-    """Undoes `_cut`."""
-    steps, B, C = parts.shape
-    by_shard = parts.reshape(steps, B, sequence_shards(steps * C), -1)
-    return jnp.moveaxis(by_shard, 0, 2).reshape(B, steps * C)
-
-
-def _num_chunks(B: int, T: int, tokens: int) -> int:
-    """The fewest equal chunks of at most `tokens` tokens of a device, if it can be."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = max(B // (1 if mesh.empty else data_shards(mesh)), 1)
-    length = T // sequence_shards(T)
-    return next(
-        n
-        for n in range(1, length + 1)
-        if length % n == 0 and (length // n * rows <= tokens or n == length)
-    )
+    return join(log_probs)
 
 
 def _smallest_divisor(n: int, at_least: int) -> int:
@@ -257,7 +217,7 @@ def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
     """The log-normalizer [B, C], and the sums of loss and correct, of one chunk."""
 
     def add_part(stats, part):
-        logits = _logits(hidden, part.matrices, softcap)
+        logits = form_logits(hidden, part.matrices, softcap)
         highest = jnp.maximum(stats.highest, jnp.max(logits, axis=-1))
         shifted = jnp.exp(logits - highest[..., None])
         return _Stats(
@@ -287,45 +247,19 @@ def _chunk_gradients(
 
     def add_part(grad_hidden, xs):
         part, grad_part = xs
-        logits = _logits(hidden, part.matrices, softcap)
+        logits = form_logits(hidden, part.matrices, softcap)
         wanted = jnp.where(_is_target(logits, targets, part), 1 - smoothing, 0)
         error = jnp.exp(logits - log_norm[..., None]) - wanted
         error = error - smoothing / parts.vocab_size
         if softcap is not None:
             error = error * (1 - jnp.square(logits / softcap))
-        error = (error * weights[..., None]).astype(hidden[0].dtype)
-        grad_hidden = tuple(
-            grad + _sum_product("BCV,VD->BCD", error, matrix.astype(error.dtype))
-            for grad, matrix in zip(grad_hidden, part.matrices, strict=True)
-        )
-        grad_part = tuple(
-            None if grad is None else grad + _sum_product("BCV,BCD->VD", error, x)
-            for grad, x in zip(grad_part, hidden, strict=True)
-        )
-        return grad_hidden, grad_part
+        error = error * weights[..., None]
+        return add_gradients(error, hidden, part.matrices, grad_hidden, grad_part)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in hidden)
     grad_hidden, grad_parts = _over_parts(add_part, zeros, (parts, grad_parts))
     grads = zip(grad_hidden, hidden, strict=True)
     return tuple(grad.astype(x.dtype) for grad, x in grads), grad_parts
-
-
-def _logits(
-    hidden: tuple[jax.Array, ...],
-    matrices: tuple[jax.Array, ...],
-    softcap: float | None,
-) -> jax.Array:
-    first, *rest = (
-        _sum_product("BCD,VD->BCV", x, matrix.astype(x.dtype))
-        for x, matrix in zip(hidden, matrices, strict=True)
-    )
-    logits = sum(rest, start=first)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _sum_product(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product with sums in float32."""
-    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array, part: _Parts) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
-from fjft.objectives.cross_entropy import Chunks
+from fjft.objectives.chunks import Chunks
 from fjft.objectives.log_probs import segment_log_probs
 from fjft.objectives.preferred import Preferred, sum_pairs
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fjft.objectives.causal_lm import next_tokens
-from fjft.objectives.cross_entropy import Chunks, token_log_probs
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import token_log_probs
 
 Batch = dict[str, jax.Array]
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from fjft.labels import IGNORED
-from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import Sums, cross_entropy_sums
 
 EXAMPLES = "masked"
 HEAD = "masked_lm"

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from fjft.errors import UserError
 from fjft.labels import IGNORED
-from fjft.objectives.cross_entropy import Chunks, Sums, cross_entropy_sums
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import Sums, cross_entropy_sums
 
 EXAMPLES = "seq2seq"
 HEAD = "seq2seq_lm"

@@ -16,7 +16,8 @@ from fjft.errors import UserError
 from fjft.labels import IGNORED
 from fjft.models.encoder_decoder import shift_tokens_right
 from fjft.models.positions import relative_buckets
-from fjft.objectives.cross_entropy import Chunks, cross_entropy_sums
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import cross_entropy_sums
 
 B, E, T = 2, 21, 13
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fjft.objectives.cross_entropy import Chunks, cross_entropy_sums
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import cross_entropy_sums
 
 B, T, D, V = 2, 12, 16, 60
 

@@ -11,7 +11,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fjft.errors import UserError
 from fjft.objectives import dpo as objective
-from fjft.objectives.cross_entropy import Chunks, token_log_probs
+from fjft.objectives.chunks import Chunks
+from fjft.objectives.cross_entropy import token_log_probs
 
 
 def make_batch():
