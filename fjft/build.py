@@ -26,7 +26,7 @@ from fjft.data.pack import Rows
 from fjft.data.report import Report
 from fjft.errors import UserError
 from fjft.evaluate.metrics import METRICS
-from fjft.models.quantized import QUANTIZATIONS
+from fjft.models.codes import QUANTIZATIONS
 from fjft.models.stack import REMAT_POLICIES
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer

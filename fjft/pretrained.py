@@ -23,11 +23,11 @@ from fjft.checkpoint.quantizing import load_quantized, quantize_model, read_whol
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.data.examples import Labels
 from fjft.errors import UserError
+from fjft.models.codes import QUANTIZATIONS
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
 from fjft.models.heads import with_head
 from fjft.models.layers import Maker
-from fjft.models.quantized import QUANTIZATIONS
 from fjft.models.weights import Site, module_at, sites
 from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS

@@ -20,9 +20,10 @@ from fjft.checkpoint.huggingface import source_of_codes, stored_names
 from fjft.checkpoint.loading import load_params
 from fjft.checkpoint.source import ModelFiles
 from fjft.errors import UserError
+from fjft.models.codes import FORMATS, Parts, check_divides
 from fjft.models.layers import Linear
 from fjft.models.moe import ExpertMLPs
-from fjft.models.quantized import FORMATS, Parts, Quantized, check_divides
+from fjft.models.quantized import Quantized
 from fjft.models.weights import Site, module_at
 
 

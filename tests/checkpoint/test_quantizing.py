@@ -16,7 +16,7 @@ from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import digest
 from fjft.checkpoint.quantizing import is_quantized, restore_weights
 from fjft.errors import UserError
-from fjft.models.quantized import FORMATS
+from fjft.models.codes import FORMATS
 from fjft.models.weights import module_at
 from fjft.objectives import causal_lm
 from fjft.peft import full, last_layers, lora

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from fjft.models import quantized
-from fjft.models.quantized import FORMATS
+from fjft.models import codes, quantized
+from fjft.models.codes import DYNAMIC, FORMATS
 
 QUANTIZE = {name: jax.jit(form.quantize) for name, form in FORMATS.items()}
 DEQUANTIZE = {name: jax.jit(form.dequantize) for name, form in FORMATS.items()}
@@ -67,7 +67,7 @@ def test_scales_at_8_bits_mean_what_they_mean_to_bitsandbytes():
         "nested": nested.absmax.numpy(),
         "offset": np.asarray(offset),
     }
-    np.testing.assert_array_equal(quantized.DYNAMIC, nested.code)
+    np.testing.assert_array_equal(DYNAMIC, nested.code)
     theirs = bnb.dequantize_4bit(packed, state).numpy()
     assert tiny.relative_error(turned(DEQUANTIZE["nf4_double"](parts)), theirs) < 1e-7
 
@@ -127,9 +127,9 @@ def test_product_and_its_gradient_are_those_of_the_numbers(name):
 
 def test_the_mean_is_exact():
     x = np.abs(np.random.default_rng(0).normal(size=(512, 512))).astype(np.float32)
-    mean = float(jax.jit(quantized._exact_mean)(x))
+    mean = float(jax.jit(codes._exact_mean)(x))
     assert abs(mean / x.mean(dtype=np.float64) - 1) < 1e-7
-    assert float(quantized._exact_mean(jnp.zeros((4, 4)))) == 0
+    assert float(codes._exact_mean(jnp.zeros((4, 4)))) == 0
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4_double"])
