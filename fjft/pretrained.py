@@ -358,8 +358,9 @@ def load_model(
         `question_answering` instead of the checkpoint's own; what it lacks of it is
         made new, as `model.provenance.new` tells.
       num_labels: How many labels the head tells apart, instead of what the config says.
-      quantization: `nf4`, `nf4_double`, `int8`, `int4` or `fp8` holds the linear maps,
-        but the head, in codes of so many bits; "" holds them as they are.
+      quantization: `nf4`, `nf4_double`, `int8`, `int4`, `fp8` or, as GGUF files have
+        them, `q8_0`, `q4_0`, `q4_1` or `q4_k` holds the linear maps, but the head, in
+        codes of so many bits; "" holds them as they are.
 
     Returns:
       A Flax module: `model(input_ids)` gives logits, `model.config` is Hugging Face's.

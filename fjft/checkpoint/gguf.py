@@ -9,7 +9,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import dataclasses
 import io
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from fjft.checkpoint.gguf_codes import Parts, take_apart
 from fjft.checkpoint.gguf_header import TableRow, read_header, require
 from fjft.checkpoint.gguf_names import ARCHITECTURES
 from fjft.checkpoint.safetensors import (
@@ -106,16 +107,44 @@ class GgufSource:
         """
         stored = self._stored(name)
         bounds = slice_bounds(index, stored.shape)
-        if not stored.heads:
-            box = _read(self.path, stored, bounds)
-            return box - box.dtype.type(stored.shift) if stored.shift else box
-        # Rows move only inside their head: read the heads that the rows lie in.
-        (start, stop), size = bounds[0], stored.shape[0] // stored.heads
-        first, last = start // size, max(start // size, -(-stop // size))
-        box = _read(self.path, stored, ((first * size, last * size), *bounds[1:]))
-        pairs = box.reshape(last - first, size // 2, 2, *box.shape[1:])
-        rows = pairs.swapaxes(1, 2).reshape(box.shape)
-        return rows[start - first * size : stop - first * size]
+
+        def read(rows: tuple[int, int]) -> np.ndarray:
+            return _read(self.path, stored, (rows, *bounds[1:]))
+
+        if stored.heads:
+            return _put_in_order(stored, bounds[0], read)
+        box = _read(self.path, stored, bounds)
+        return box - box.dtype.type(stored.shift) if stored.shift else box
+
+    def kind(self, name: str) -> str:
+        """The stored type, as llama.cpp names it, in lower case."""
+        return self._stored(name).kind.name.lower()
+
+    def read_codes(self, name: str, rows: slice) -> Parts:
+        """Reads rows of a quantized matrix as they lie in the file.
+
+        Args:
+          name: The Hugging Face name of a tensor of a kind that `models.codes` knows.
+          rows: Which rows, with step 1.
+
+        Returns:
+          Codes (rows, columns), scales and shifts (rows, blocks), fresh arrays.
+
+        Raises:
+          UserError: No such tensor, or the file ends too early.
+        """
+        stored = self._stored(name)
+        row_bytes = stored.nbytes // stored.shape[0]
+
+        def read(rows: tuple[int, int]) -> np.ndarray:
+            packed = np.empty((rows[1] - rows[0], row_bytes), np.uint8)
+            with open(self.path, "rb", buffering=0) as file:
+                read_exactly(file, stored.offset + rows[0] * row_bytes, packed)
+            return packed
+
+        (bounds,) = slice_bounds((rows,), stored.shape[:1])
+        packed = _put_in_order(stored, bounds, read) if stored.heads else read(bounds)
+        return take_apart(self.kind(name), packed)
 
     def require(self, key: str) -> Any:
         """The value of `<architecture>.key`, without which there is no model."""
@@ -219,6 +248,21 @@ def _is_readable(kind: GGMLQuantizationType) -> bool:
 
 def _dtype(stored: Stored) -> np.dtype:
     return PLAIN_DTYPES.get(stored.kind.name, np.dtype(np.float32))
+
+
+def _put_in_order(
+    stored: Stored, rows: tuple[int, int], read: Callable[[tuple[int, int]], np.ndarray]
+) -> np.ndarray:
+    """Rows in Hugging Face's order; `read` reads them in the file's.
+
+    They move only inside their head, so the heads that they lie in are read.
+    """
+    (start, stop), size = rows, stored.shape[0] // stored.heads
+    first, last = start // size, max(start // size, -(-stop // size))
+    box = read((first * size, last * size))
+    pairs = box.reshape(last - first, size // 2, 2, *box.shape[1:])
+    ordered = pairs.swapaxes(1, 2).reshape(box.shape)
+    return ordered[start - first * size : stop - first * size]
 
 
 def _read(path: Path, stored: Stored, bounds: Bounds) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Tensor by tensor: the parts of one that the devices need are read, placed, quantized
 where they lie and stored in their layer of the stack. So neither the host nor a device
-ever holds more than one tensor in full precision.
+ever holds more than one tensor in full precision. A tensor that a GGUF file holds in
+the very format that is asked for keeps its codes.
 """
 
 import dataclasses
@@ -12,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fjft import tree
 from fjft.checkpoint.huggingface import source_of_codes, stored_names
 from fjft.checkpoint.loading import load_params
-from fjft.checkpoint.source import ModelFiles
+from fjft.checkpoint.source import CodedSource, ModelFiles
 from fjft.errors import UserError
 from fjft.models.codes import FORMATS, Parts, check_divides
 from fjft.models.layers import Linear
@@ -92,24 +94,49 @@ def load_quantized(
       stored: The checkpoint's name of each tensor.
       abstract: Shape, dtype and sharding of each parameter.
     """
-    params = {}
+    params, tensors = {}, files.tensors
     for site in sites:
         weight: Quantized = module_at(model, site.path)
-        shapes = {name: abstract[f"{site.path}.{name}"] for name in weight.part_names}
-        layout = tuple(shapes.items())
-        room, store = _make_room(layout)(), _make_store(weight.format, layout)
-        sharding = _of_matrix(shapes["codes"].sharding, lead=0)
-        for name, place in site.tensors():
-            one = dataclasses.replace(site, hf_names=(name,), lead=())
-            dtype = files.tensors.dtype(stored[name])
-            full = jax.ShapeDtypeStruct(weight.shape[-2:], dtype)
-            loaded = load_params(
-                files, [one], stored, {site.path: full}, {site.path: sharding}
-            )
+        stack = {name: abstract[f"{site.path}.{name}"] for name in weight.part_names}
+        one = {name: _layer(part, weight.ndim - 2) for name, part in stack.items()}
+        quantize = _make_quantize(weight.format, tuple(one.items()))
+        layers = []
+        for name in site.hf_names:
+            if isinstance(tensors, CodedSource) and (
+                tensors.kind(stored[name]) == weight.format
+            ):
+                layer = _read_codes(tensors, stored[name], one)
+            else:
+                layer = quantize(_read_matrix(files, site, stored, name, one["codes"]))
             # The next tensor is read when this one's room is free again.
-            room = jax.block_until_ready(store(room, loaded[site.path], place))
-        params |= {f"{site.path}.{name}": part for name, part in room.items()}
+            layers.append(jax.block_until_ready(layer))
+        stacked = _make_stack(tuple(stack.items()))(layers)
+        params |= {f"{site.path}.{name}": part for name, part in stacked.items()}
     return params
+
+
+def _layer(stack: jax.ShapeDtypeStruct, lead: int) -> jax.ShapeDtypeStruct:
+    """What a stack, which has so many leading axes, has of one layer."""
+    assert isinstance(stack.sharding, NamedSharding)
+    spec = PartitionSpec(*stack.sharding.spec[lead:])
+    sharding = NamedSharding(stack.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct(stack.shape[lead:], stack.dtype, sharding=sharding)
+
+
+def _read_matrix(
+    files: ModelFiles,
+    site: Site,
+    stored: Mapping[str, str],
+    name: str,
+    codes: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """One of a site's tensors in full precision, laid out as its codes will be."""
+    one = dataclasses.replace(site, hf_names=(name,), lead=())
+    full = jax.ShapeDtypeStruct(codes.shape[::-1], files.tensors.dtype(stored[name]))
+    sharding = _of_matrix(codes.sharding, lead=0)
+    return load_params(files, [one], stored, {site.path: full}, {site.path: sharding})[
+        site.path
+    ]
 
 
 def _of_matrix(sharding: NamedSharding, lead: int) -> NamedSharding:
@@ -123,25 +150,46 @@ Layout = tuple[tuple[str, jax.ShapeDtypeStruct], ...]
 
 
 @functools.cache
-def _make_room(layout: Layout) -> Callable[[], Parts]:
-    return jax.jit(
-        lambda: {name: jnp.zeros(s.shape, s.dtype) for name, s in layout},
-        out_shardings={name: s.sharding for name, s in layout},
-    )
+def _make_quantize(form: str, layout: Layout) -> Callable[[jax.Array], Parts]:
+    shardings = {name: part.sharding for name, part in layout}
+    return jax.jit(FORMATS[form].quantize, out_shardings=shardings)
 
 
 @functools.cache
-def _make_store(
-    form: str, layout: Layout
-) -> Callable[[Parts, jax.Array, tuple[int, ...]], Parts]:
-    """Makes the function that quantizes a matrix into its place in a stack."""
+def _make_stack(layout: Layout) -> Callable[[Sequence[Parts]], Parts]:
+    """Makes the function that stacks layers.
 
-    def store(room: Parts, full: jax.Array, place: tuple[Any, ...]) -> Parts:
-        parts = FORMATS[form].quantize(full)
-        return {name: room[name].at[place].set(part) for name, part in parts.items()}
+    All at once: where codes of 4 bits are put into a stack one after another, a CPU
+    goes through the whole stack for each.
+    """
 
-    shardings = {name: s.sharding for name, s in layout}
-    return jax.jit(store, donate_argnums=0, out_shardings=shardings)
+    def stack(layers: Sequence[Parts]) -> Parts:
+        return {
+            name: jnp.stack([layer[name] for layer in layers]).reshape(whole.shape)
+            for name, whole in layout
+        }
+
+    return jax.jit(stack, out_shardings={name: part.sharding for name, part in layout})
+
+
+def _read_codes(
+    tensors: CodedSource, name: str, layout: Mapping[str, jax.ShapeDtypeStruct]
+) -> Parts:
+    """One matrix's codes and scales, bit for bit as the file has them."""
+
+    @functools.cache
+    def read(start: int | None, stop: int | None) -> Mapping[str, np.ndarray]:
+        return tensors.read_codes(name, slice(start, stop))
+
+    def place(part: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            columns, rows = index
+            return read(rows.start, rows.stop)[part].T[columns]
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, cut)
+
+    return {part: place(part, shape) for part, shape in layout.items()}
 
 
 def restore_weights(model: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -72,6 +72,19 @@ class TensorSource(Protocol):
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads `tensor[index]`: one slice per axis, each with step 1."""
+        ...
+
+
+@runtime_checkable
+class CodedSource(TensorSource, Protocol):
+    """One that may hold matrices in codes, in a format of `models.codes`."""
+
+    def kind(self, name: str) -> str:
+        """The format, or another name if the tensor lies in none."""
+        ...
+
+    def read_codes(self, name: str, rows: slice) -> Mapping[str, np.ndarray]:
+        """The codes (rows, columns) and scales (rows, blocks) of some rows."""
         ...
 
 

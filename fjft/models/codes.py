@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,18 @@ def _look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
     return values[0]
 
 
-def _round(x: jax.Array, dtype: Any, limit: float) -> jax.Array:
-    return jnp.clip(jnp.round(x), -limit, limit).astype(dtype)
+class Measure(NamedTuple):
+    """What a block's numbers are counted in, each array (blocks, out).
+
+    Attributes:
+      factors: What scales a number, less its shift, to what a code may hold.
+      scales: What undoes that.
+      shifts: What is added to each number of the block, or None.
+    """
+
+    factors: jax.Array
+    scales: jax.Array
+    shifts: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,7 @@ class Format:
     Attributes:
       dtype: Of the codes.
       block: Numbers of a row that share a scale; 0 is the whole row.
-      limit: What the largest magnitude that shares a scale is scaled to.
+      measure: Finds the scales of blocks (blocks, block, out).
       encode: Scaled float32 numbers to codes.
       decode: Codes to scaled float32 numbers.
       scale_dtype: Of the scales.
@@ -124,7 +134,7 @@ class Format:
 
     dtype: Any
     block: int
-    limit: float
+    measure: Callable[[jax.Array], Measure]
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     scale_dtype: Any = jnp.float32
@@ -161,13 +171,16 @@ class Format:
         size_out, size_in = weight.shape
         turned = weight.T.astype(jnp.float32)
         blocks = turned.reshape(-1, self.block or size_in, size_out)
-        largest = jnp.max(jnp.abs(blocks), axis=1)
-        factor = jnp.where(largest > 0, self.limit / largest, 0.0)
-        codes = self.encode(blocks * factor[:, None]).reshape(turned.shape)
-        scales = largest / self.limit
+        factors, scales, shifts = self.measure(blocks)
+        if shifts is not None:
+            blocks = blocks - shifts[:, None]
+        codes = self.encode(blocks * factors[:, None]).reshape(turned.shape)
         if self.nested:
             return {"codes": codes, **_quantize_scales(scales)}
-        return {"codes": codes, "scales": scales.astype(self.scale_dtype)}
+        parts = {"codes": codes, "scales": scales.astype(self.scale_dtype)}
+        if shifts is not None:
+            parts["shifts"] = shifts.astype(self.scale_dtype)
+        return parts
 
     def dequantize(self, parts: Parts) -> Float[Array, "*lead in out"]:
         """The numbers that codes and scales stand for, turned, float32."""
@@ -237,40 +250,77 @@ def _as_float(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32)
 
 
+def _reciprocal(scales: jax.Array) -> jax.Array:
+    return jnp.where(scales == 0, 0.0, 1.0 / scales)
+
+
+def _symmetric(limit: float, blocks: jax.Array) -> Measure:
+    """The largest magnitude is scaled to `limit`."""
+    largest = jnp.max(jnp.abs(blocks), axis=1)
+    factors = jnp.where(largest > 0, limit / largest, 0.0)
+    return Measure(factors, largest / limit)
+
+
+def _lopsided(limit: float, blocks: jax.Array) -> Measure:
+    """The number of the largest magnitude is scaled to `limit`, which has its sign."""
+    lowest, highest = jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)
+    scales = jnp.where(-lowest >= highest, lowest, highest) / limit
+    return Measure(_reciprocal(scales), scales)
+
+
+def _ranged(limit: float, blocks: jax.Array) -> Measure:
+    """The lowest number is scaled to 0, the highest to `limit`."""
+    lowest = jnp.min(blocks, axis=1)
+    scales = (jnp.max(blocks, axis=1) - lowest) / limit
+    return Measure(_reciprocal(scales), scales, lowest)
+
+
 def _normal(**options: Any) -> Format:
     return Format(
         dtype=jnp.uint4,
         block=64,
-        limit=1.0,
+        measure=functools.partial(_symmetric, 1.0),
         encode=lambda x: _nearest(x, NF4, jnp.uint4),
         decode=lambda codes: _look_up(codes, NF4),
         **options,
     )
 
 
-def _integer(dtype: Any, limit: float, **options: Any) -> Format:
-    encode = functools.partial(_round, dtype=dtype, limit=limit)
-    return Format(dtype=dtype, limit=limit, encode=encode, decode=_as_float, **options)
+def _integer(dtype: Any, measure: Callable, limit: float, **options: Any) -> Format:
+    low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+    return Format(
+        dtype=dtype,
+        measure=functools.partial(measure, limit),
+        encode=lambda x: jnp.clip(jnp.round(x), low, high).astype(dtype),
+        decode=_as_float,
+        **options,
+    )
+
+
+def _of_gguf(*options: Any, scale_dtype: Any = jnp.float16, **others: Any) -> Format:
+    return _integer(*options, block=32, scale_dtype=scale_dtype, **others)
 
 
 # What `model.quantization` may name: NormalFloat as in bitsandbytes, with float32 or
 # with 8-bit scales; integers, symmetric, with a scale for each row or each 64 numbers;
-# float8 with a scale for each row.
+# float8 with a scale for each row; and types of GGUF files under their own names.
 FORMATS: dict[str, Format] = {
     "nf4": _normal(),
     "nf4_double": _normal(nested=True),
-    "int8": _integer(jnp.int8, 127.0, block=0),
-    "int4": _integer(jnp.int4, 7.0, block=64),
+    "int8": _integer(jnp.int8, _symmetric, 127.0, block=0),
+    "int4": _integer(jnp.int4, _symmetric, 7.0, block=64),
     "fp8": Format(
         dtype=jnp.float8_e4m3fn,
         block=0,
-        limit=448.0,
+        measure=functools.partial(_symmetric, 448.0),
         encode=lambda x: x.astype(jnp.float8_e4m3fn),
         decode=_as_float,
     ),
+    "q8_0": _of_gguf(jnp.int8, _symmetric, 127.0),
+    "q4_0": _of_gguf(jnp.int4, _lopsided, -8.0),
+    "q4_1": _of_gguf(jnp.uint4, _ranged, 15.0, shifted=True),
+    "q4_k": _of_gguf(jnp.uint4, _ranged, 15.0, shifted=True, scale_dtype=jnp.float32),
 }
-
-
 QUANTIZATIONS = ("", *FORMATS)
 
 

@@ -4,6 +4,8 @@ import warnings
 
 import gguf
 import gguf.quants
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from fjft.checkpoint.gguf import open_gguf
 from fjft.checkpoint.gguf_config import build_config
 from fjft.checkpoint.source import open_model
 from fjft.errors import UserError
+from fjft.models.codes import FORMATS
 from fjft.sources import resolve_package
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB, LAYERS = 4, 2, 32, 256, 512, 96, 2
@@ -24,6 +27,17 @@ DEQUANTIZABLE = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ
 
 def whole(source, name: str) -> np.ndarray:
     return source.read(name, (slice(None),) * len(source.shape(name)))
+
+
+def check_codes(source, name: str) -> None:
+    """Codes and scales stand for the very numbers that are read without them."""
+    kind = source.kind(name)
+    if kind not in FORMATS:
+        return
+    rows = slice(3, 90)
+    parts = {k: part.T for k, part in source.read_codes(name, rows).items()}
+    numbers = FORMATS[kind].dequantize(jax.tree.map(jnp.asarray, parts))
+    np.testing.assert_array_equal(numbers.T, whole(source, name)[rows])
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -183,6 +197,7 @@ def test_quantized_equals_the_packages_dequantize(architecture, kind, tmp_path):
         packed = gguf.quants.quantize(value, Kind[kind])
         expected = gguf.quants.dequantize(packed, Kind[kind])
         np.testing.assert_array_equal(got.astype(np.float32), expected)
+        check_codes(source, name)
 
 
 def test_plain_types_keep_their_dtype(tmp_path):
@@ -206,6 +221,7 @@ def test_types_that_can_only_be_read(kind, tmp_path):
     source = open_gguf(tmp_path / "x.gguf")
     expected = gguf.quants.dequantize(packed, Kind[kind])
     np.testing.assert_array_equal(whole(source, name), expected)
+    check_codes(source, name)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1"])

