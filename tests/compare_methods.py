@@ -64,6 +64,10 @@ TASKS = {
             "lora": LORA,
             "lora, nf4": LORA | {"model.quantization": "nf4"},
             "adalora": ADALORA | {"optimizer.learning_rate": 3e-3},
+            "select": {
+                "peft.parameters": r".*v_proj\.weight",
+                "optimizer.learning_rate": 3e-4,
+            },
             "prompt": {"optimizer.learning_rate": 3e-2},
             "p_tuning": {"optimizer.learning_rate": 3e-3},
             "prefix": {"optimizer.learning_rate": 1e-2},
@@ -93,6 +97,10 @@ TASKS = {
             "lora": LORA,
             "lora, nf4": LORA | {"model.quantization": "nf4"},
             "adalora": ADALORA | {"optimizer.learning_rate": 5e-3},
+            "select": {
+                "peft.parameters": r".*self\.value\.weight",
+                "optimizer.learning_rate": 3e-4,
+            },
             "prompt": {"optimizer.learning_rate": 1e-2},
             "prefix": {"optimizer.learning_rate": 1e-2},
             "trainable_tokens": {"peft.token_indices": (101, 102)},
