@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "max_length": 32,
         "packing": False,
     }
-    config.objective = {"name": "seq2seq", "predict_with_generate": True}
+    config.objective = {"name": "seq2seq"}
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 2e-3,
@@ -58,7 +58,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "seed": 0,
         "log_steps": 50,
     }
-    config.evaluate = {"eval_steps": 500, "batch_size": 256}
+    config.evaluate = {
+        "eval_steps": 500,
+        "batch_size": 256,
+        "predict_with_generate": True,
+        "max_new_tokens": 32,
+    }
     config.checkpoint = {"directory": "runs/cmudict_t5", "save_steps": 0}
     if arg not in ("", "smoke"):
         raise ValueError(f"there is no variant {arg!r}; use smoke")

@@ -24,7 +24,9 @@ from fjft.data.encoders import ENCODERS
 from fjft.data.examples import Labels
 from fjft.data.pack import Rows
 from fjft.data.report import Report
+from fjft.data.sources import list_specs
 from fjft.errors import UserError
+from fjft.evaluate import overlap
 from fjft.evaluate.metrics import METRICS
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.stack import REMAT_POLICIES
@@ -145,6 +147,9 @@ class EvaluateConfig:
       early_stopping_patience: Stops when so many evaluations running are no better
         than the best before them; 0 does not.
       early_stopping_threshold: By how much one must be better to count.
+      predict_with_generate: Let the model answer each held-out question as well, token
+        by token, the likeliest each time, and compare with the right answer.
+      text_metrics: How, besides token by token: keys of `overlap.METRICS`, with commas.
       prompt: A question whose answer is shown before and after training; "" is none.
       max_new_tokens: Longest answer.
     """
@@ -155,6 +160,8 @@ class EvaluateConfig:
     load_best_model_at_end: bool = False
     early_stopping_patience: int = 0
     early_stopping_threshold: float = 0.0
+    predict_with_generate: bool = False
+    text_metrics: str = ""
     prompt: str = ""
     max_new_tokens: int = 64
 
@@ -162,6 +169,13 @@ class EvaluateConfig:
         check_least("evaluate.eval_steps", self.eval_steps, 0)
         check_least("evaluate.batch_size", self.batch_size, 0)
         check_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        for name in list_specs(self.text_metrics):
+            check_name("evaluate.text_metrics", name, overlap.METRICS)
+        if self.text_metrics and not self.predict_with_generate:
+            raise UserError(
+                f"evaluate.text_metrics={self.text_metrics!r} is of what the model "
+                "writes; set evaluate.predict_with_generate=True"
+            )
         patience = self.early_stopping_patience
         check_least("evaluate.early_stopping_patience", patience, 0)
         if (patience or self.load_best_model_at_end) and not self.eval_steps:
@@ -198,6 +212,12 @@ class Experiment:
             raise UserError(
                 "model.from_scratch=True leaves no weight to keep; use peft.method=full"
             )
+        writes = hasattr(self.encoder_module, "ask")
+        if self.evaluate.predict_with_generate and not writes:
+            raise UserError(
+                "evaluate.predict_with_generate=True is for objectives that learn to "
+                "write, such as causal_lm and seq2seq; set it to False"
+            )
 
     @property
     def encoder_module(self) -> types.ModuleType:
@@ -208,6 +228,12 @@ class Experiment:
     def metrics_module(self) -> types.ModuleType:
         """The module in `evaluate/` that makes numbers of the objective's sums."""
         return METRICS[self.objective_module.METRICS]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences that are judged at a time."""
+        microbatch = self.train.batch_size // self.train.accumulation_steps
+        return self.evaluate.batch_size or microbatch
 
     def find_labels(self) -> Labels | None:
         """What whole examples are labelled with; None where they are not."""

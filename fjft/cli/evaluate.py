@@ -73,7 +73,7 @@ def evaluate(found: weights.Weights) -> Any:
         graphdef, params = tree.split(model)
         step = jax.jit(make_eval_step(graphdef, make_judge(e)))
         evaluation = Evaluation(e, mesh, held_out)
-        return evaluation.judge(functools.partial(step, params, {}))
+        return evaluation.judge(functools.partial(step, params, {}), model, tokenizer)
 
 
 def _read_held_out(experiment: Any, tokenizer: Any) -> dict[str, Any]:

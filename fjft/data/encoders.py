@@ -3,7 +3,8 @@
 Each module has an `Encoder` (see `dataset.Encoder`), `find_labels(config)`, what its
 examples are labelled with, `show_example(tokenizer, example, labels)`, and `COLUMNS`,
 what a batch has for each token besides positions and segments; None where the data
-decide.
+decide. Where a model can write what is learned, `ask(example)` is what it reads before
+and what it should write, as token ids; it reads nothing where nothing is asked.
 """
 
 import types

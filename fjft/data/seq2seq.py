@@ -100,20 +100,22 @@ class Encoder:
             "input_ids": _fill(source, min(length, limit), NO_TOKEN),
             "labels": _fill(target, min(length, limit), IGNORED),
         }
-        # So that a batch tells whether its rows hold one example each.
-        note = " "
         ends = (target[-1],) if end in target else ()
-        return Example(columns, None, ends, length > limit, note)
+        return Example(columns, None, ends, length > limit)
 
 
 def _fill(ids: list[int], length: int, filler: int) -> np.ndarray:
     return np.array([*ids, *[filler] * (length - len(ids))], np.int32)
 
 
+def ask(example: Example) -> tuple[list[int], list[int]]:
+    """The two texts; see `encoders`."""
+    source, target = (example.columns[name] for name in TEXT_COLUMNS)
+    return source[source != NO_TOKEN].tolist(), target[target != IGNORED].tolist()
+
+
 def show_example(tokenizer: Any, example: Example, labels: None = None) -> str:
     """Decodes both texts: `two</s> → 【T UW1</s>】`."""
     del labels
-    source, target = (example.columns[name] for name in TEXT_COLUMNS)
-    source, target = source[source != NO_TOKEN], target[target != IGNORED]
-    read, written = (tokenizer.decode(ids.tolist()) for ids in (source, target))
+    read, written = map(tokenizer.decode, ask(example))
     return f"{read} → 【{written}】"

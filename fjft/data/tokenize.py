@@ -210,6 +210,19 @@ def _read_template(path: str) -> str:
         ) from error
 
 
+def ask(example: Example) -> tuple[list[int], list[int]]:
+    """What stands before the last learned run, and the run; see `encoders`.
+
+    What is learned from its second token on is a document, which asks nothing.
+    """
+    input_ids = example.columns["input_ids"]
+    edges = np.flatnonzero(np.diff(example.columns["labels"] != IGNORED)) + 1
+    # Runs begin with one that is not learned, so of two edges the first is a start.
+    start, end = [*edges.tolist(), len(input_ids)][(len(edges) - 1) // 2 * 2 :][:2]
+    question = input_ids[:start] if start > 1 else input_ids[:0]
+    return question.tolist(), input_ids[start:end].tolist()
+
+
 def show_example(tokenizer: Any, example: Example, labels: None = None) -> str:
     """Decodes an example, what is learned in brackets: `2 + 2 = 【4<|im_end|>】`."""
     del labels

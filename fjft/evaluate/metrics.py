@@ -16,7 +16,6 @@ from fjft.evaluate import (
     perplexity,
     retrieval,
     rewards,
-    sequences,
     spans,
 )
 
@@ -28,6 +27,5 @@ METRICS: dict[str, types.ModuleType] = {
     "perplexity": perplexity,
     "retrieval": retrieval,
     "rewards": rewards,
-    "sequences": sequences,
     "spans": spans,
 }

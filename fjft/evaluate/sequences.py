@@ -1,67 +1,76 @@
 """Texts that a model wrote, held against those that it should have written.
 
-They are compared token by token, so that nothing depends on how words are told apart.
+They are compared token by token, so that nothing depends on how words are told apart;
+and as texts, where other metrics are asked for.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from fjft.evaluate import perplexity, sums
-from fjft.evaluate.perplexity import report, summarize_training
+from fjft.evaluate.overlap import Metric
 from fjft.evaluate.spans import overlap_f1
-from fjft.labels import IGNORED
-
-__all__ = ["Tally", "report", "summarize", "summarize_training"]
 
 
-class Counts(NamedTuple):
-    """What adds up.
+class Written(NamedTuple):
+    """A text, and what it should have been; without the tokens that end them.
 
     Attributes:
-      loss: As in `objectives.cross_entropy.Sums`; so the next two.
-      weight: As in `Sums`.
-      correct: As in `Sums`.
-      exact: Texts that are right to the last token.
-      f1: Sum over texts of the tokens' F1.
-      edits: Tokens to be put in, left out or exchanged to make all texts right.
-      tokens: Of the right texts.
-      texts: How many were written.
+      said: Its tokens.
+      right: The right ones.
+      said_text: What its tokens read.
+      right_text: What the right ones read.
     """
 
-    loss: float
-    weight: float
-    correct: float
-    exact: float
-    f1: float
-    edits: float
-    tokens: float
-    texts: float
+    said: list[int]
+    right: list[int]
+    said_text: str
+    right_text: str
 
 
-class Tally(sums.Tally):
-    """Compares text by text; see `sums.Tally`."""
+class Tally:
+    """Adds up comparisons, text by text.
 
-    def add(self, judged: Any) -> None:
-        """Adds `objectives.seq2seq.Judged` of a batch."""
-        exact = f1 = edits = tokens = texts = 0.0
-        for written, labels in zip(judged.written, judged.labels, strict=True):
-            right = labels[labels != IGNORED].tolist()
-            if not right or not written.size:
-                continue
-            # Both end where the right one's last token stands, which ends texts.
-            said, right = _up_to(written.tolist(), right[-1]), right[:-1]
-            exact += said == right
-            f1 += overlap_f1(said, right)
-            edits += edit_distance(said, right)
-            tokens += len(right)
-            texts += 1
-        added = judged.loss, judged.weight, judged.correct
-        super().add(Counts(*added, exact, f1, edits, tokens, texts))
+    Args:
+      metrics: Those of texts.
 
+    Attributes:
+      num_texts: How many were compared.
+    """
 
-def _up_to(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+    def __init__(self, metrics: Sequence[Metric] = ()):
+        self._metrics = metrics
+        self.num_texts = 0
+        # Texts right to the last token, sum of F1, edits, and tokens of right texts.
+        self._sums = np.zeros(4)
+
+    def add(self, written: Written) -> None:
+        """Compares one more."""
+        said, right = written.said, written.right
+        f1, edits = overlap_f1(said, right), edit_distance(said, right)
+        self.num_texts += 1
+        self._sums += said == right, f1, edits, len(right)
+        for metric in self._metrics:
+            metric.add(written.said_text, written.right_text)
+
+    def result(self) -> dict[str, float]:
+        """Metrics of all texts, of which there is at least one.
+
+        Returns:
+          `exact_match` and `token_f1`, in percent, `token_error_rate` (edits for each
+          right token, in percent), `num_texts`, and what the metrics of texts say.
+        """
+        exact, f1, edits, tokens = self._sums.tolist()
+        found = {
+            "exact_match": 100 * exact / self.num_texts,
+            "token_f1": 100 * f1 / self.num_texts,
+            "token_error_rate": 100 * edits / max(tokens, 1),
+            "num_texts": float(self.num_texts),
+        }
+        for metric in self._metrics:
+            found |= metric.result()
+        return found
 
 
 def edit_distance(said: list[int], right: list[int]) -> int:
@@ -73,26 +82,3 @@ def edit_distance(said: list[int], right: list[int]) -> int:
         # Insertions go from left to right, one for each place.
         row = np.minimum.accumulate(np.append(number, best) - places) + places
     return int(row[-1])
-
-
-def summarize(sums: Any) -> dict[str, float]:
-    """Metrics of an evaluation.
-
-    Args:
-      sums: `Counts` over all of it.
-
-    Returns:
-      What `perplexity` says of the right tokens, each predicted from the right ones
-      before it. If texts were written also `exact_match` and `token_f1`, in percent,
-      `token_error_rate` (edits for each right token, in percent) and `num_texts`.
-    """
-    found = perplexity.summarize(sums)
-    texts = float(sums.texts)
-    if not texts:
-        return found
-    return found | {
-        "exact_match": 100 * float(sums.exact) / texts,
-        "token_f1": 100 * float(sums.f1) / texts,
-        "token_error_rate": 100 * float(sums.edits) / max(float(sums.tokens), 1),
-        "num_texts": texts,
-    }

@@ -83,9 +83,20 @@ class Config:
 
 
 def generate_tokens(
-    model: Any, prompts: Sequence[Sequence[int]], config: Config
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: Config,
+    num_rows: int | None = None,
 ) -> list[list[int]]:
     """Continues prompts of token ids.
+
+    Args:
+      model: What continues them.
+      prompts: Token ids.
+      config: How.
+      num_rows: Rows of a group, the rest of which is padding, so that calls with fewer
+        prompts compile nothing anew; None is as many as there are prompts, at most
+        `config.batch_size`.
 
     Returns:
       For each prompt its new tokens; the last is a stop token unless `max_new_tokens`
@@ -97,7 +108,7 @@ def generate_tokens(
     check_prompts(model, prompts, config)
     tokens: list[list[int]] = []
     # Groups of one size, so that the last one compiles nothing anew.
-    num_rows = min(len(prompts), config.batch_size)
+    num_rows = num_rows or min(len(prompts), config.batch_size)
     for start in range(0, len(prompts), config.batch_size):
         group = prompts[start : start + config.batch_size]
         if config.num_beams > 1:

@@ -1,11 +1,11 @@
 """One text in, another out: encoder-decoders that read the right tokens so far."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from fjft.errors import UserError
 from fjft.labels import IGNORED
@@ -14,7 +14,7 @@ from fjft.objectives.cross_entropy import Sums, cross_entropy_sums
 
 EXAMPLES = "seq2seq"
 HEAD = "seq2seq_lm"
-METRICS = "sequences"
+METRICS = "perplexity"
 
 Batch = dict[str, jax.Array]
 
@@ -25,14 +25,11 @@ class Config:
 
     Attributes:
       label_smoothing: Share of the target's mass spread over the vocabulary.
-      predict_with_generate: Whether an evaluation also writes each text, token by
-        token, the likeliest each time, and compares; rows must not be packed then.
       chunk_tokens: Tokens per device whose logits exist at a time.
       chunk_vocab_parts: Parts into which the vocabulary is cut as well; 1 is whole.
     """
 
     label_smoothing: float = 0.0
-    predict_with_generate: bool = True
     chunk_tokens: int = 512
     chunk_vocab_parts: int = 1
 
@@ -95,57 +92,6 @@ def _read(model: Any, batch: Batch, rng: jax.Array | None, remat: str) -> Any:
     return model.encode(ids_BT, batch["positions"], segments_BT, rng=rng, remat=remat)
 
 
-class Judged(NamedTuple):
-    """What an evaluation looks at.
-
-    Attributes:
-      loss: As in `Sums`; so the next two.
-      weight: As in `Sums`.
-      correct: As in `Sums`.
-      written: What the model wrote for each row; empty if it did not.
-      labels: What it should have written, -100 beyond.
-    """
-
-    loss: Float[Array, ""]
-    weight: Float[Array, ""]
-    correct: Float[Array, ""]
-    written: Int[Array, "B M"]
-    labels: Int[Array, "B T"]
-
-
-def evaluate(model: Any, batch: Batch, config: Config) -> Judged:
-    """What the metrics of an evaluation follow from; arguments as `loss`.
-
-    Raises:
-      UserError: Texts shall be written, and rows are packed.
-    """
-    sums, labels_BT = loss(model, batch, config), batch["labels"]
-    if not config.predict_with_generate:
-        return Judged(*sums, labels_BT[:, :0], labels_BT)
-    if batch["examples"].shape[1] > 1:
-        raise UserError(
-            "texts are written for rows of one example each; use data.packing=False, "
-            "or objective.predict_with_generate=False"
-        )
-    return Judged(*sums, _write(model, batch), labels_BT)
-
-
-def _write(model: Any, batch: Batch) -> Int[Array, "B T"]:
-    """The likeliest token after another, as many as the row has, by a cache."""
-    memory = _read(model, batch, None, "none")
-    length = batch["labels"].shape[1]
-    start_B1 = model.decoder_inputs(batch["labels"], batch["segment_ids"])[:, :1]
-    ones_B1 = jnp.ones_like(start_B1)
-
-    def step(carry, place):
-        cache, last_B1 = carry
-        x_B1D, cache = model.backbone(
-            model.embed(last_B1), place * ones_B1, ones_B1, cache=cache
-        )
-        token_B1 = jnp.argmax(model.unembed(x_B1D), axis=-1).astype(jnp.int32)
-        return (cache, token_B1), token_B1[:, 0]
-
-    start = model.init_cache(memory, length), start_B1
-    places = jnp.arange(length, dtype=jnp.int32)
-    _, written_TB = jax.lax.scan(step, start, places)
-    return written_TB.T
+def evaluate(model: Any, batch: Batch, config: Config) -> Sums:
+    """Sums from which every metric of an evaluation follows; arguments as `loss`."""
+    return loss(model, batch, config)

@@ -15,6 +15,7 @@ from fjft.errors import UserError
 from fjft.evaluate.sums import add_up
 from fjft.training.placing import place
 from fjft.training.step import Batch
+from fjft.training.writing import judge_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +98,18 @@ class Evaluation:
         """What the loss of the first set is called."""
         return f"{self._first}loss"
 
-    def judge(self, eval_step: Callable[[Batch], Any]) -> Judged:
+    def judge(
+        self, eval_step: Callable[[Batch], Any], model: Any, tokenizer: Any
+    ) -> Judged:
         """Judges every set.
 
         Args:
           eval_step: Batch -> the objective's sums, on the devices.
+          model: The same model, for what it writes.
+          tokenizer: Its tokenizer.
+
+        Raises:
+          UserError: As `writing.judge_texts`.
         """
         module, metrics, reports = self._experiment.metrics_module, {}, []
         for name, rows in self._held_out.items():
@@ -110,8 +118,10 @@ class Evaluation:
                 (place(batch, self._mesh) for batch in self._loaders[name].batches()),
                 module.Tally(rows.examples, self._experiment.objective),
             )
-            found = module.summarize(sums).items()
-            metrics |= {f"{_prefix(name)}{key}": value for key, value in found}
+            found = module.summarize(sums)
+            if self._experiment.evaluate.predict_with_generate:
+                found |= judge_texts(self._experiment, model, tokenizer, rows.examples)
+            metrics |= {f"{_prefix(name)}{key}": found[key] for key in found}
             labels = rows.examples.labels
             report = module.report(sums, labels.names if labels else ())
             if report:
@@ -125,11 +135,10 @@ def _prefix(name: str) -> str:
 
 def _make_loader(e: Experiment, mesh: Mesh, held_out: Rows) -> Loader:
     """Serves held-out rows in order."""
-    size = e.evaluate.batch_size or e.train.batch_size // e.train.accumulation_steps
-    sharding.check_batch(size, 1, mesh)
+    sharding.check_batch(e.eval_batch_size, 1, mesh)
     return Loader(
         held_out,
-        size,
+        e.eval_batch_size,
         shuffle=False,
         shards=sharding.local_shards(mesh),
         num_shards=sharding.data_shards(mesh),

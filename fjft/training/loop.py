@@ -353,7 +353,7 @@ class Loop:
 
     def _evaluate(self, state: TrainState, progress: Progress) -> None:
         """Judges what is held out, if anything is, and says and logs what it finds."""
-        judged, step = self._run.evaluate(state), progress.step
+        judged, step = self._run.evaluate(state, self._tokenizer), progress.step
         if not judged.metrics:
             return
         judged.check_finite(step)

@@ -43,10 +43,15 @@ class Run(Program):
         """Training batches from where the loader stands, on the devices."""
         return (place(batch, self.mesh) for batch in self.loader)
 
-    def evaluate(self, state: TrainState) -> Judged:
-        """Judges the model as it is now on all that is held out."""
+    def evaluate(self, state: TrainState, tokenizer: Any = None) -> Judged:
+        """Judges the model as it is now on all that is held out.
+
+        Args:
+          state: Where training stands.
+          tokenizer: The model's, where it is judged by what it writes.
+        """
         step = functools.partial(self.eval_step, state.params, self.frozen)
-        return self.evaluation.judge(step)
+        return self.evaluation.judge(step, self.model(state), tokenizer)
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""

@@ -1,4 +1,4 @@
-"""Encoder-decoders: loss, gradients of packed rows and what is written, by torch."""
+"""Encoder-decoders: loss and gradients of packed rows, by torch."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ import tiny_seq2seq
 import torch
 
 from fjft import tree
-from fjft.errors import UserError
 from fjft.objectives import seq2seq as objective
 
 LENGTHS = [[(9, 5), (4, 7)], [(6, 6), (3, 8), (5, 2)]]  # of sources and targets
@@ -20,7 +19,7 @@ T = 20
 
 def make_batch(rows):
     """Packed rows of random texts, with -1 and -100 where one of the two has ended."""
-    columns = ("input_ids", "labels", "positions", "segment_ids", "examples")
+    columns = ("input_ids", "labels", "positions", "segment_ids")
     batch: dict[str, Any] = {
         name: np.zeros((len(rows), T), np.int32) for name in columns
     }
@@ -40,13 +39,12 @@ def make_batch(rows):
                 part = slice(start, start + length)
                 batch[name][row, part] = values[row, part]
             start += size
-    batch["examples"] = np.zeros((len(rows), max(map(len, rows)), 1), np.int32)
     return batch
 
 
 def _texts(batch):
     """Each example's source and target for torch."""
-    for part in tiny.unpack({k: v for k, v in batch.items() if k != "examples"}):
+    for part in tiny.unpack(batch):
         source, target = part["input_ids"], part["labels"]
         yield [torch.tensor(ids[ids >= 0])[None].long() for ids in (source, target)]
 
@@ -81,31 +79,3 @@ def test_packed_loss_and_gradients_equal_torchs(case):
         expected = tiny.gather(site, arrays)
         scale = max(np.abs(expected).max(), 1e-3)
         np.testing.assert_allclose(grads[site.path], expected, atol=1e-4 * scale)
-
-
-def test_what_is_written_is_what_torch_writes():
-    twin = tiny_seq2seq.torch_model("t5/relu-tied")
-    model = tiny.build_model(tiny.memory_files(twin))
-    batch = make_batch([[(9, 5)], [(4, 7)]])
-    graphdef, params = tree.split(model)
-
-    @jax.jit
-    def evaluate(params, batch):
-        model = tree.merge(graphdef, params)
-        return objective.evaluate(model, batch, objective.Config())
-
-    judged = evaluate(params, jax.tree.map(jnp.asarray, batch))
-    for row, (source, _) in enumerate(_texts(batch)):
-        theirs = twin.generate(
-            source, max_new_tokens=T, min_new_tokens=T, do_sample=False
-        )
-        np.testing.assert_array_equal(judged.written[row], theirs[0, 1:])
-
-
-def test_rows_to_be_written_for_are_not_packed():
-    model = tiny.build_model(
-        tiny.memory_files(tiny_seq2seq.torch_model("t5/relu-tied"))
-    )
-    batch = jax.tree.map(jnp.asarray, make_batch(LENGTHS))
-    with jax.disable_jit(), pytest.raises(UserError, match=r"data\.packing=False"):
-        objective.evaluate(model, batch, objective.Config())

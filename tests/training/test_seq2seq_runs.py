@@ -19,10 +19,14 @@ from fjft.cli.main import main
 
 @pytest.fixture(scope="session")
 def t5(tmp_path_factory):
-    """The directory of a tiny T5 and a tokenizer."""
+    """The directory of a tiny T5 that never writes w31, and a tokenizer."""
     directory = tmp_path_factory.mktemp("t5")
     tiny_seq2seq.torch_model("t5/relu-tied").save_pretrained(directory)
-    tiny.make_tokenizer().save_pretrained(directory)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.save_pretrained(directory)
+    path = directory / "generation_config.json"
+    never = {"suppress_tokens": [tokenizer.vocab["w31"]]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | never))
     return str(directory)
 
 
@@ -52,6 +56,7 @@ def make_config(t5, dictionary, tmp_path):
         "train.log_steps": 10,
         "evaluate.eval_steps": 0,
         "evaluate.batch_size": 16,
+        "evaluate.max_new_tokens": 16,
         "optimizer.learning_rate": 1e-2,
         "optimizer.schedule": "constant",
         "optimizer.warmup_steps": 0.0,
@@ -92,14 +97,20 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     assert result.metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
     share = 100 * exact / len(held_out.examples)
     assert result.metrics["eval_exact_match"] == pytest.approx(share)
-    assert share > 50
+    # Some words are written with the one that never is.
+    assert 50 < share < 100
 
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
     assert "eval_exact_match" in capsys.readouterr().out
 
 
 def test_a_merged_adapter_is_in_what_transformers_loads(make_config, tmp_path):
-    config = make_config(peft__method="lora", train__max_steps=2, train__log_steps=1)
+    config = make_config(
+        peft__method="lora",
+        train__max_steps=2,
+        train__log_steps=1,
+        evaluate__predict_with_generate=False,
+    )
     model = fjft.train(config).model
     run, out = f"--run={tmp_path / 'run'}", tmp_path / "merged"
     assert main(["export", run, f"--output={out}", "--merge"]) == 0
