@@ -211,7 +211,7 @@ def _besides(e: Experiment, model: Any) -> dict[str, Any]:
 
 
 def _check_reference(e: Experiment, model: Any, trainable: tree.Params) -> None:
-    """Refuses to compare with a model that is being trained itself."""
+    """Refuses to compare with what is trained itself, or is another from the start."""
     if not hasattr(e.objective_module, "REFERENCE"):
         return
     trained = sorted(trainable.keys() & tree.split(without_adapters(model))[1].keys())
@@ -220,6 +220,13 @@ def _check_reference(e: Experiment, model: Any, trainable: tree.Params) -> None:
             "the objective compares with the model without its adapter, but this "
             f"method trains {trained[0]!r}, which is a part of that; use "
             "peft.method=lora, or another with adapters, and no modules_to_save"
+        )
+    if getattr(e.peft, "is_loftq", False):
+        raise UserError(
+            f"peft.init_lora_weights={e.peft.init_lora_weights!r} makes up for what "
+            "quantization took from the model, and the objective compares with the "
+            "model without its adapter, which would be another from the start; use "
+            "peft.init_lora_weights=default"
         )
 
 

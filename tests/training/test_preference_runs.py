@@ -121,3 +121,9 @@ def test_margins_grow_from_nothing(make_config, tmp_path, capsys):
 def test_the_reference_must_stay_as_it_is(make_config, options):
     with pytest.raises(fjft.UserError, match=r"without its adapter.*peft\.method=lora"):
         fjft.train(make_config(**options))
+
+
+def test_the_start_must_be_the_reference(make_config):
+    config = make_config(peft__init_lora_weights="loftq", model__quantization="int8")
+    with pytest.raises(fjft.UserError, match=r"loftq.*another from the start"):
+        fjft.train(config)
