@@ -262,7 +262,7 @@ def build_model(
     if new:
         init = jax.jit(
             lambda key: {
-                path: value
+                path: value.astype(blueprint.params[path].dtype)
                 for path, value in tree.split(blueprint.make(nnx.Rngs(key)))[1].items()
                 if path in new
             },

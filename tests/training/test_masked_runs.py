@@ -57,6 +57,11 @@ def test_virtual_tokens_of_several_texts_in_a_row_are_refused(make_config):
         start(config)
 
 
+def test_new_weights_that_are_trained_are_float32(make_config):
+    state = start(make_config(model__dtype="bfloat16")).state
+    assert {str(x.dtype) for x in state.params.values()} == {"float32"}
+
+
 def test_a_model_from_scratch_ends_in_what_transformers_loads(
     make_config, tmp_path, capsys
 ):
