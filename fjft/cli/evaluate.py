@@ -63,6 +63,7 @@ def evaluate(found: weights.Weights) -> Any:
     from fjft.training.evaluation import Evaluation
     from fjft.training.program import make_judge
     from fjft.training.step import make_eval_step
+    from fjft.training.teacher import has_teacher, load_teacher, with_teacher
 
     e = found.experiment
     tokenizer = open_model(found.source, found.revision).load_tokenizer()
@@ -70,6 +71,8 @@ def evaluate(found: weights.Weights) -> Any:
     mesh = weights.make_mesh(found)
     with jax.set_mesh(mesh):
         model = weights.load(found, mesh)
+        if has_teacher(e):
+            model = with_teacher(model, load_teacher(e, mesh, tokenizer))
         graphdef, params = tree.split(model)
         step = jax.jit(make_eval_step(graphdef, make_judge(e)))
         evaluation = Evaluation(e, mesh, held_out)

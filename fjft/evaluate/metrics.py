@@ -11,6 +11,7 @@ import types
 from fjft.evaluate import (
     classification,
     desirability,
+    distillation,
     entities,
     masked,
     perplexity,
@@ -22,6 +23,7 @@ from fjft.evaluate import (
 METRICS: dict[str, types.ModuleType] = {
     "classification": classification,
     "desirability": desirability,
+    "distillation": distillation,
     "entities": entities,
     "masked": masked,
     "perplexity": perplexity,

@@ -9,7 +9,8 @@ Each module has a `Config`, what it needs from others by the names of their own 
   `loss` and `weight`, or what the metrics' own `Tally` makes such sums of.
 
 `NUM_LABELS`, where a module has it, is how many outputs its head has whatever the data.
-Where a module has `REFERENCE`, both take `reference=`, the model without its adapter.
+Where a module has `REFERENCE`, both take `reference=`, the model without its adapter;
+where it has `TEACHER`, `teacher=`, the model that the option `teacher` names.
 """
 
 import types
@@ -17,6 +18,7 @@ import types
 from fjft.objectives import (
     causal_lm,
     contrastive,
+    distillation,
     dpo,
     kto,
     masked_lm,
@@ -31,6 +33,7 @@ from fjft.objectives import (
 OBJECTIVES: dict[str, types.ModuleType] = {
     "causal_lm": causal_lm,
     "contrastive": contrastive,
+    "distillation": distillation,
     "dpo": dpo,
     "kto": kto,
     "masked_lm": masked_lm,

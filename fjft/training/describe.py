@@ -18,7 +18,7 @@ def describe_devices(mesh: jax.sharding.Mesh) -> str:
 
 def describe_model(run: Run, state: TrainState) -> str:
     """How much is trained, what it weighs and for how long."""
-    numbers, _ = tree.partition(run.frozen, lambda path: not is_scale(path))
+    numbers, _ = tree.partition(run.own_frozen, lambda path: not is_scale(path))
     trained, held = tree.count(state.params), tree.count(numbers)
     share = run.num_trainable / (trained + held)
     gib = tree.num_bytes((run.frozen, state)) / 2**30

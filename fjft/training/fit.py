@@ -15,6 +15,7 @@ from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.errors import UserError
 from fjft.training.program import UNKNOWN_STEPS, Program, build_program
+from fjft.training.teacher import is_teachers
 
 GIB = 2**30
 # Several times faster than the default, and memory is laid out much as there.
@@ -69,12 +70,15 @@ def compile_step(
         program.state_shapes, program.frozen_shapes, batch
     )
     trained = device_bytes(program.state_shapes.params)
+    teacher, own = tree.partition(program.frozen_shapes, is_teachers)
     parts = {
-        "frozen weights": device_bytes(program.frozen_shapes),
+        "frozen weights": device_bytes(own),
         "trained weights": trained,
         "optimizer": device_bytes(program.state_shapes) - trained,
         "batch": device_bytes(batch),
     }
+    if teacher:
+        parts["teacher"] = device_bytes(teacher)
     static, compiled, fits, on_host = sum(parts.values()), None, False, 0
     try:
         with _fast_compiler():

@@ -28,6 +28,12 @@ from fjft.peft.rule import StepRule
 from fjft.pretrained import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.training import step as steps
 from fjft.training.state import TrainState, abstract_state
+from fjft.training.teacher import (
+    as_teachers,
+    draw_teacher,
+    has_teacher,
+    with_teacher,
+)
 
 # Stands for the steps of a run whose data has not been read; it is only the schedule's
 # numbers that depend on it.
@@ -41,7 +47,7 @@ class Program:
     Attributes:
       blueprint: The model with its adapters.
       state_shapes: Shape, dtype and sharding of each array that a step changes.
-      frozen_shapes: The same of each parameter that is only read.
+      frozen_shapes: The same of each parameter that is only read, a teacher's too.
       optimizer: What turns gradients into updates.
       rule: What the method adds to the step, or None.
       train_step: `(state, frozen, batch) -> (state, metrics)`, compiled when called.
@@ -147,8 +153,15 @@ def build_program(
     if hasattr(e.method, "step_rule"):
         rule = e.method.step_rule(blueprint.model, blueprint.sites, e.peft, total_steps)
     state = abstract_state(trainable, optimizer, rule, on_host=e.optimizer.offload)
+    flops = 6 * _multiplied(trainable, blueprint) + 4 * _multiplied(frozen, blueprint)
+    graphdef = blueprint.graphdef
+    if has_teacher(e):
+        teacher = draw_teacher(e, mesh)
+        graphdef, _ = tree.split(with_teacher(blueprint.model, teacher.model))
+        frozen |= as_teachers(teacher.params)
+        flops += 2 * _multiplied(teacher.params, teacher)
     train_step = steps.make_train_step(
-        blueprint.graphdef,
+        graphdef,
         _make_loss(e),
         optimizer,
         accumulation_steps=e.train.accumulation_steps,
@@ -163,13 +176,11 @@ def build_program(
         optimizer=optimizer,
         rule=rule,
         train_step=steps.jit_train_step(train_step, state, mesh),
-        eval_step=jax.jit(steps.make_eval_step(blueprint.graphdef, make_judge(e))),
+        eval_step=jax.jit(steps.make_eval_step(graphdef, make_judge(e))),
         schedule=make_schedule(e.optimizer, total_steps),
         total_steps=total_steps,
         num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),
-        flops_per_token=_flops_per_token(
-            trainable, frozen, axes, getattr(blueprint.model.arch, "experts", None)
-        ),
+        flops_per_token=flops,
         batch_size=e.train.batch_size,
         examples=e.objective_module.EXAMPLES,
         mesh=mesh,
@@ -205,9 +216,11 @@ def make_judge(e: Experiment) -> steps.Judge:
 
 def _besides(e: Experiment, model: Any) -> dict[str, Any]:
     """What an objective that compares takes besides."""
-    if not hasattr(e.objective_module, "REFERENCE"):
-        return {}
-    return {"reference": without_adapters(model)}
+    if has_teacher(e):
+        return {"teacher": model.teacher}
+    if hasattr(e.objective_module, "REFERENCE"):
+        return {"reference": without_adapters(model)}
+    return {}
 
 
 def _check_reference(e: Experiment, model: Any, trainable: tree.Params) -> None:
@@ -245,35 +258,28 @@ def _stack_axes(axes: tuple[str | None, ...]) -> int:
     return axes.count("layers") + axes.count("expert")
 
 
-def _flops_per_token(
-    trainable: tree.Params,
-    frozen: tree.Params,
-    axes: dict[str, tuple[str | None, ...]],
-    experts: Any,
-) -> float:
-    """Model FLOPs of one token's matrix products, forward and backward.
+def _multiplied(params: tree.Params, blueprint: Blueprint) -> float:
+    """How many scalars of these parameters one token's vectors are multiplied with.
 
-    Two per weight forward, two for the gradient of its input, and two more for its own
-    gradient where it is trained. Of routed experts only those that a token goes to
+    Each is two FLOPs forward, two for the gradient of its input, and two more for its
+    own gradient where it is trained. Of routed experts only those that a token goes to
     count. Attention's own products are left out, as is what the backward pass
     recomputes, so the utilization worked out from it is a lower bound.
     """
+    axes = tree.logical_axes(blueprint.model)
+    experts: Any = getattr(blueprint.model.arch, "experts", None)
+    has_head = any(path.startswith("lm_head.") for path in blueprint.params)
 
-    def matrix_size(params: tree.Params) -> float:
-        return sum(
-            math.prod(p.shape) * _share(path)
-            for path, p in params.items()
-            if _is_matrix(path, params)
-        )
-
-    def _share(path: str) -> float:
+    def share(path: str) -> float:
         return experts.per_token / experts.count if "expert" in axes[path] else 1.0
 
-    def _is_matrix(path: str, params: tree.Params) -> bool:
-        looked_up = path == "embedding.weight" and any(
-            p.startswith("lm_head.") for p in (*trainable, *frozen)
-        )
+    def is_matrix(path: str) -> bool:
+        looked_up = path == "embedding.weight" and has_head
         looked_up |= "positions" in axes[path] or is_scale(path)
         return not looked_up and jnp.ndim(params[path]) >= 2
 
-    return 6.0 * matrix_size(trainable) + 4.0 * matrix_size(frozen)
+    return sum(
+        math.prod(p.shape) * share(path)
+        for path, p in params.items()
+        if is_matrix(path)
+    )

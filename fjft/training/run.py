@@ -21,6 +21,12 @@ from fjft.training.evaluation import Evaluation, Judged
 from fjft.training.placing import place
 from fjft.training.program import Program, build_program
 from fjft.training.state import TrainState, init_state
+from fjft.training.teacher import (
+    as_teachers,
+    has_teacher,
+    is_teachers,
+    load_teacher,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,12 @@ class Run(Program):
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
-        return tree.merge(self.graphdef, self.frozen, state.params)
+        return tree.merge(self.graphdef, self.own_frozen, state.params)
+
+    @property
+    def own_frozen(self) -> tree.Params:
+        """The parameters that are only read, without a teacher's."""
+        return tree.partition(self.frozen, is_teachers)[1]
 
 
 def build_run(
@@ -119,6 +130,9 @@ def build_run(
     )
     graphdef, params = tree.split(model)
     trainable, frozen = tree.partition(params, program.state_shapes.params.__contains__)
+    if has_teacher(e):
+        teacher = load_teacher(e, mesh, files.load_tokenizer())
+        frozen |= as_teachers(tree.split(teacher)[1])
     run = Run(
         **vars(program),
         graphdef=graphdef,

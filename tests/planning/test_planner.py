@@ -74,6 +74,16 @@ def test_model_flops_without_remat_are_nearly_all(here):
     assert 1.0 <= here.hardware_flops / here.model_flops < 1.1
 
 
+def test_a_plan_counts_a_teacher(llama, here):
+    options = {"objective__name": "distillation", "objective__teacher": llama}
+    report = fjft.plan(config(llama, **options), target="here")
+    model = here.parts["frozen weights"]
+    # The adapter is no part of it.
+    assert 0.9 * model < report.parts["teacher"] <= model
+    assert report.parts["frozen weights"] == model
+    assert report.model_flops > 1.3 * here.model_flops
+
+
 def test_a_plan_for_a_chip(llama):
     pytest.importorskip("libtpu")
     found = planner.Planner(config(llama, mesh__fsdp=1), "v5e-1")
