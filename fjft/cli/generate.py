@@ -54,7 +54,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     found = weights.choose(parser, chosen)
     model = weights.load(found, weights.make_mesh(found))
     tokenizer = model.provenance.files.load_tokenizer()
-    _answer(model, tokenizer, prompts, chosen)
+    system = found.experiment.data.system if found.experiment else ""
+    _answer(model, tokenizer, prompts, system, chosen)
 
 
 def _read_prompts(path: str | None) -> list[str]:
@@ -67,12 +68,15 @@ def _read_prompts(path: str | None) -> list[str]:
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompts: list[str], chosen: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    system: str,
+    chosen: argparse.Namespace,
 ) -> None:
-    from fjft.generation.text import generate, stream
+    from fjft.generation.text import ask, generate, stream
 
-    is_chat = tokenizer.chat_template is not None and not chosen.raw
-    asked = [[{"role": "user", "content": p}] if is_chat else p for p in prompts]
+    asked = [p if chosen.raw else ask(tokenizer, p, system) for p in prompts]
     options = {
         name: getattr(chosen, name)
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")

@@ -22,13 +22,27 @@ class Config:
       train: Training data: one source or several (a tuple, or separated by commas).
         A source is a local file, directory or glob; `package:NAME/path-or-glob`; or a
         Hugging Face dataset as `id`, `id:split` or `id:config:split`, where
-        `split[:1000]` takes the first 1000 rows.
+        `split[:1000]` takes the first 1000 rows. Or a mixture: a mapping of names to
+        such sources.
       eval: Held-out data, written like `train`; or several sets of it, a mapping of
         names to such sources, which are judged one by one. A Hugging Face dataset
         without a split means `test` here and `train` there.
       eval_size: When `eval` is empty, how much of `train` is held out: a fraction if
         below 1, otherwise a number of examples. Which rows are held out depends on
         the seed and the row's number only.
+      eval_shots: Before each held-out question so many answered ones are shown, which
+        the seed draws from the training data that is not held out, and from the
+        question's own source where sources have names.
+      mixture_weights: Shares of the sources in `train`, by name; they need not add up
+        to 1. Empty takes their numbers of examples.
+      mixture_temperature: Brings shares nearer to each other if above 1; see
+        `mixture`.
+      instructions: Templates that make an instruction of a row, by name, with columns
+        in braces: `Translate from {source} to {target}: {text} ||| {translation}`. One
+        is drawn for each row. Where `train` is a mapping, each is for the source that
+        its name begins with, up to a slash: `books/short`. Encoder-decoders read the
+        columns `instruction,output` then.
+      system: A system prompt for chats that have none of their own.
       max_length: Tokens in the longest example, and in every packed row.
       packing: Fill rows of `max_length` with several examples each. Otherwise one
         example a row, padded to the smallest bucket that fits the whole batch.
@@ -60,9 +74,14 @@ class Config:
       strict: The first row that cannot be used is an error.
     """
 
-    train: str | tuple[str, ...] = ()
+    train: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = ()
     eval: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = ()
     eval_size: float = 0.0
+    eval_shots: int = 0
+    mixture_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    mixture_temperature: float = 1.0
+    instructions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    system: str = ""
     max_length: int = 1024
     packing: bool = True
     buckets: tuple[int, ...] = ()
@@ -115,9 +134,37 @@ class Config:
                 f"data.buckets is {self.buckets}; use increasing lengths in tokens"
             )
 
+        if self.eval_shots < 0:
+            raise UserError(f"data.eval_shots is {self.eval_shots}; use 0 or more")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        if self.mixture_temperature <= 0:
+            raise UserError(
+                f"data.mixture_temperature is {self.mixture_temperature}; use 1 for "
+                "shares as they are, or more to bring them nearer to each other"
+            )
+        weights, names = self.mixture_weights, self.train_sources
+        is_plain = not weights and self.mixture_temperature == 1
+        if not is_plain and not isinstance(self.train, Mapping):
+            raise UserError(
+                "data.mixture_weights and data.mixture_temperature are of sources with "
+                "names; make data.train a mapping of names to sources"
+            )
+        if weights and (weights.keys() != names.keys() or min(weights.values()) <= 0):
+            raise UserError(
+                f"data.mixture_weights is {dict(weights)}; give each source of "
+                f"data.train a weight above 0: {', '.join(names)}"
+            )
+
+    @property
+    def train_sources(self) -> Mapping[str, str | tuple[str, ...]]:
+        """Sources of training data by name; a single one has the name ""."""
+        return self.train if isinstance(self.train, Mapping) else {"": self.train}
+
     @property
     def eval_sources(self) -> Mapping[str, str | tuple[str, ...]]:
-        """Sources of held-out data by name; a single one has the name ""."""
+        """The same of held-out data; empty if there is none."""
         if isinstance(self.eval, Mapping):
             return self.eval
         return {"": self.eval} if self.eval else {}

@@ -1,6 +1,6 @@
 """The table of contents of what examples are made of.
 
-Each module has an `Encoder` (see `dataset.Encoder`), `find_labels(config)`, what its
+Each module has an `Encoder` (see `reading.Encoder`), `find_labels(config)`, what its
 examples are labelled with, `show_example(tokenizer, example, labels)`, and `COLUMNS`,
 what a batch has for each token besides positions and segments; None where the data
 decide. Where a model can write what is learned, `ask(example)` is what it reads before

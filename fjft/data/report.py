@@ -42,6 +42,9 @@ class Report:
       end_tokens: Token that ends a learned turn or document -> how often; generation
         stops at these.
       labels: Name of a label -> how many examples, or tokens, have it.
+      sources: Name of a source -> its rows, used or not; "" if it has none.
+      mixture: Name of a source -> its examples that are trained on, and how many an
+        epoch has of them; empty if sources have no names.
       packed_rows: Rows of `max_length` after packing; 0 without packing.
       efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
         packing, with each example in its own smallest bucket.
@@ -68,6 +71,10 @@ class Report:
     labels: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
     )
+    sources: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    mixture: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     packed_rows: int = 0
     efficiency: float = 0.0
     evals: "list[Report]" = dataclasses.field(default_factory=list)
@@ -129,6 +136,12 @@ class Report:
             lines.append(f"  {self.truncated:,} cut to max_length")
         if self.held_out:
             lines.append(f"  {self.held_out:,} held out for evaluation")
+        if self.mixture:
+            counts = ", ".join(
+                f"{name} {size:,} x {count / size:.3g}"
+                for name, (size, count) in self.mixture.items()
+            )
+            lines.append(f"  an epoch of the mixture: {counts}")
         if self.labels:
             counts = ", ".join(f"{n} {c:,}" for n, c in sorted(self.labels.items()))
             lines.append(f"  labels: {counts}")

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fjft.data.files import SUFFIXES, Row, read_file, suffix_of
@@ -12,14 +12,19 @@ from fjft.sources import is_package, resolve_package
 _SPLIT = re.compile(r"(?P<name>[^\[]+?)(\[:(?P<take>\d+)\])?")
 
 
-def list_specs(sources: str | Sequence[str]) -> list[str]:
-    """Splits `a.jsonl,b.jsonl`, or a sequence of such strings, into single specs."""
-    texts = [sources] if isinstance(sources, str) else list(sources)
-    specs = [spec.strip() for text in texts for spec in text.split(",")]
-    return [spec for spec in specs if spec]
+# Specs with commas, or several of them, or such by name.
+Sources = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
-def read_rows(sources: str | Sequence[str], split: str = "train") -> Iterator[Row]:
+def list_specs(sources: Sources) -> list[str]:
+    """Splits `a.jsonl,b.jsonl`, or several such strings, into single specs."""
+    if isinstance(sources, str):
+        return [spec for part in sources.split(",") if (spec := part.strip())]
+    texts = sources.values() if isinstance(sources, Mapping) else sources
+    return [spec for text in texts for spec in list_specs(text)]
+
+
+def read_rows(sources: Sources, split: str = "train") -> Iterator[Row]:
     """Streams the rows of one source or several, one after the other.
 
     Args:

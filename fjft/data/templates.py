@@ -21,7 +21,8 @@ FORMATS = (
     "instruction/output (alpaca)",
     "text",
 )
-ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -143,6 +144,14 @@ def read_sample(
     if name == "alpaca":
         return name, _read_alpaca(values, has_template)
     return name, Text(_check_text(values["text"], "text"))
+
+
+def add_system(sample: Sample, system: str) -> Sample:
+    """Gives a chat this system prompt, if it has none of its own."""
+    if not isinstance(sample, Chat) or sample.messages[0]["role"] in SYSTEM_ROLES:
+        return sample
+    messages = [{"role": "system", "content": system}, *sample.messages]
+    return Chat(messages, sample.first_answer + 1, sample.tools)
 
 
 def _check_text(value: Any, name: str, may_be_empty: bool = False) -> str:

@@ -16,7 +16,14 @@ import numpy as np
 
 from fjft.data.config import Config
 from fjft.data.examples import TEXT_COLUMNS, Draw, Encoded, Example, Labels
-from fjft.data.templates import Chat, MalformedError, Pair, Sample, read_sample
+from fjft.data.templates import (
+    Chat,
+    MalformedError,
+    Pair,
+    Sample,
+    add_system,
+    read_sample,
+)
 from fjft.data.turns import Span, TurnFinder
 from fjft.errors import UserError
 from fjft.labels import IGNORED
@@ -36,11 +43,12 @@ class Encoder:
       tokenizer: A Hugging Face tokenizer of the fast kind. If `config.chat_template`
         is set, its `chat_template` is replaced, so that it is saved and generates
         with the same.
-      config: `max_length`, `train_on`, `truncation` and `chat_template` are used.
+      config: `max_length`, `train_on`, `truncation`, `chat_template` and `system` are
+        used.
 
     Raises:
-      UserError: The tokenizer cannot say which characters its tokens stand for, or
-        the template cannot be read.
+      UserError: The tokenizer cannot say which characters its tokens stand for, the
+        template cannot be read, or there is none that a system prompt would need.
     """
 
     columns: tuple[str, ...] = TEXT_COLUMNS
@@ -61,6 +69,11 @@ class Encoder:
         self._tokenizer = tokenizer
         self._config = config
         self.has_template = bool(tokenizer.chat_template)
+        if config.system and not self.has_template:
+            raise UserError(
+                "data.system is for chats, but the tokenizer has no chat template; set "
+                "data.chat_template to a Jinja file, or data.system=''"
+            )
         self._turns = TurnFinder(tokenizer) if self.has_template else None
         self._before, self._after = _find_special_ids(tokenizer)
         self._special_ids = frozenset(tokenizer.added_tokens_decoder)
@@ -75,6 +88,8 @@ class Encoder:
         Raises:
           UserError: A sample is a chat and the tokenizer has no chat template.
         """
+        if self._config.system:
+            samples = [add_system(sample, self._config.system) for sample in samples]
         texts = self._render(samples)
         good = [t for t in texts if isinstance(t, str)]
         # Special tokens are in the templates already; plain text gets them below.

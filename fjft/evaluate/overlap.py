@@ -6,7 +6,7 @@ All are in percent.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -78,7 +78,11 @@ class Rouge:
         return {name: 100 * total / self._texts for name, total in self._sums.items()}
 
 
-METRICS: dict[str, type[Metric]] = {"bleu": Sacre, "chrf": Sacre, "rouge": Rouge}
+METRICS: dict[str, Callable[[str], Metric]] = {
+    "bleu": Sacre,
+    "chrf": Sacre,
+    "rouge": Rouge,
+}
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:

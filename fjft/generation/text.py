@@ -135,6 +135,20 @@ def _stream_pieces(
         yield rest
 
 
+def ask(tokenizer: Any, prompt: str, system: str = "") -> str | Messages:
+    """A question as a chat, where the tokenizer can write chats; else as it is.
+
+    Args:
+      tokenizer: It has a chat template, or has not.
+      prompt: The question.
+      system: What stands before it in a chat; "" is nothing.
+    """
+    if tokenizer.chat_template is None:
+        return prompt
+    chat = [{"role": "system", "content": system}] if system else []
+    return [*chat, {"role": "user", "content": prompt}]
+
+
 def encode_prompts(tokenizer: Any, prompts: Prompts) -> list[list[int]]:
     """Token ids of one prompt or several; see `generate`.
 

@@ -378,14 +378,13 @@ class Loop:
         asked = self._experiment.evaluate
         if not asked.prompt:
             return
-        from fjft.generation.text import generate
+        from fjft.generation.text import ask, generate
 
-        has_template = self._tokenizer.chat_template is not None
-        chat = [{"role": "user", "content": asked.prompt}]
+        system = self._experiment.data.system
         answer = generate(
             self._run.model(state),
             self._tokenizer,
-            [chat if has_template else asked.prompt],
+            [ask(self._tokenizer, asked.prompt, system)],
             max_new_tokens=asked.max_new_tokens,
         )[0]
         self._screen.say(f"{when} training\n  > {asked.prompt}\n  {answer.strip()}")

@@ -70,9 +70,13 @@ def _write(
         )
         said = generate_tokens(model, questions, options, num_rows=batch_size)
         detokenizer = Detokenizer(tokenizer, stop_ids)
-        for pair in zip(said, answers, strict=True):
-            texts = map(detokenizer.text, pair)
-            yield Written(*(_strip(ids, stops) for ids in pair), *texts)
+        for ids, right in zip(said, answers, strict=True):
+            yield Written(
+                _strip(ids, stops),
+                _strip(right, stops),
+                detokenizer.text(ids),
+                detokenizer.text(right),
+            )
 
 
 def _strip(tokens: list[int], stops: set[int]) -> list[int]:

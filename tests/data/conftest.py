@@ -1,5 +1,7 @@
 """A small byte-level tokenizer, trained on the spot, and examples without text."""
 
+import json
+
 import numpy as np
 import pytest
 import tokenizers
@@ -23,6 +25,11 @@ SPECIAL = [
     "<bos>",
     "<eos>",
 ]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CORPUS = [
     "Hello there, how are you today?\n\nI am fine.\n\nAnd  you?\nassistant\nuser\n",
     "The quick brown fox jumps over the lazy dog.\n\n\nsystem model prompt answer 42\n",
@@ -45,6 +52,31 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>"
     )
+
+
+@pytest.fixture
+def template():
+    """The ChatML template."""
+    return CHATML
+
+
+@pytest.fixture
+def chatml(tokenizer, template):
+    """The tokenizer with that template."""
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows, or lines as they are, and returns the file's path."""
+
+    def write_lines(*rows, name="data.jsonl"):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    return write_lines
 
 
 @pytest.fixture

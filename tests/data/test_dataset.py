@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 
@@ -8,28 +6,6 @@ from fjft.data.dataset import load_examples
 from fjft.data.examples import Example, Spool
 from fjft.errors import UserError
 from fjft.labels import IGNORED
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content "
-    "+ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.fixture
-def chatml(tokenizer):
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_lines(*rows, name="data.jsonl"):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
-        return str(tmp_path / name)
-
-    return write_lines
 
 
 def pair(i, n=1):
@@ -179,12 +155,12 @@ def test_truncated_rows_are_counted(chatml, write):
     assert len(train.examples) == 2
 
 
-def test_chat_template_from_a_file(tokenizer, write, tmp_path):
+def test_chat_template_from_a_file(tokenizer, template, write, tmp_path):
     path = write({"conversations": ["Hi", "Hello"]})
-    (tmp_path / "chat.jinja").write_text(CHATML)
+    (tmp_path / "chat.jinja").write_text(template)
     config = Config(train=path, chat_template=str(tmp_path / "chat.jinja"))
     load_examples(config, tokenizer)
-    assert tokenizer.chat_template == CHATML
+    assert tokenizer.chat_template == template
     with pytest.raises(UserError, match=r"none\.jinja"):
         load_examples(Config(train=path, chat_template="none.jinja"), tokenizer)
 
