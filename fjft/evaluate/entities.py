@@ -5,11 +5,13 @@ with B, go on with I, end with E, or are one word with S. As in seqeval (and con
 what breaks these rules begins an entity too: `I-PER` after `O` does.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fjft.evaluate import sums
+from fjft.evaluate.predictions import Decode
 
 
 class Counts(NamedTuple):
@@ -95,6 +97,28 @@ class Tally(sums.Tally):
                 np.stack(counts, axis=1),
             )
         )
+
+
+class Predictions:
+    """Each text's words, their tags and the model's; see `predictions.Writer`."""
+
+    def __init__(self, examples: Any, config: Any, decode: Decode):
+        del config
+        self._names = examples.labels.names
+        self._decode = decode
+
+    def read(self, judged: Any, examples: Iterator[Any]) -> Iterator[dict[str, Any]]:
+        """Reads `objectives.token_classification.Judged`."""
+        for said, example in zip(judged.said, examples, strict=False):
+            ids, labels = (example.columns[name] for name in ("input_ids", "labels"))
+            # A word is its first token, which has the tag, and those that go on.
+            (starts,) = np.nonzero(labels >= 0)
+            words = [self._decode(part.tolist()) for part in np.split(ids, starts)[1:]]
+            yield {
+                "words": [word.strip() for word in words],
+                "tags": [self._names[i] for i in labels[starts]],
+                "prediction": [self._names[i] for i in said[starts]],
+            }
 
 
 def summarize(sums: Any) -> dict[str, float]:

@@ -5,15 +5,16 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fjft.evaluate import sums
 from fjft.evaluate.perplexity import report
+from fjft.evaluate.predictions import Decode
 
-__all__ = ["Tally", "report", "summarize", "summarize_training"]
+__all__ = ["Predictions", "Tally", "report", "summarize", "summarize_training"]
 
 
 class Counts(NamedTuple):
@@ -39,14 +40,41 @@ class Tally(sums.Tally):
 
     def __init__(self, examples: Any, config: Any):
         super().__init__(examples, config)
-        self._notes = examples.notes
-        self._config = config
-        # Question -> how many windows were seen, and the best score with its answer.
-        self._open: dict[int, tuple[int, tuple[float, str]]] = {}
+        self._answers = Answers(examples.notes, config)
 
     def add(self, judged: Any) -> None:
         """Adds `objectives.question_answering.Judged` of a batch."""
         exact = f1 = questions = 0.0
+        for found in self._answers.read(judged):
+            if found is None:
+                continue
+            window, answer = found
+            exact += max(exact_match(answer, right) for right in window["answers"])
+            f1 += max(word_f1(answer, right) for right in window["answers"])
+            questions += 1
+        super().add(Counts(judged.loss, judged.weight, exact, f1, questions))
+
+
+class Answers:
+    """Finds the answer of each question in all of its windows.
+
+    Args:
+      notes: Of the examples, by their number; see `data.questions.Encoder`.
+      config: As in `find_answer`.
+    """
+
+    def __init__(self, notes: Any, config: Any):
+        self._notes = notes
+        self._config = config
+        # Question -> how many windows were seen, and the best score with its answer.
+        self._open: dict[int, tuple[int, tuple[float, str]]] = {}
+
+    def read(self, judged: Any) -> Iterator[tuple[dict[str, Any], str] | None]:
+        """Reads `objectives.question_answering.Judged` of a batch.
+
+        Yields:
+          For each window None, or with a question's last one its note and the answer.
+        """
         for row, segment in zip(*np.nonzero(judged.examples >= 0), strict=True):
             window = json.loads(self._notes[judged.examples[row, segment]])
             here = judged.segment_ids[row] == segment + 1
@@ -55,12 +83,35 @@ class Tally(sums.Tally):
             best = max(best, found, key=lambda scored: scored[0])
             if seen + 1 < window["windows"]:
                 self._open[window["question"]] = seen + 1, best
+                yield None
+            else:
+                yield window, best[1]
+
+
+class Predictions:
+    """Each question, its answers and the model's; see `predictions.Writer`."""
+
+    def __init__(self, examples: Any, config: Any, decode: Decode):
+        self._answers = Answers(examples.notes, config)
+        self._decode = decode
+
+    def read(
+        self, judged: Any, examples: Iterator[Any]
+    ) -> Iterator[dict[str, Any] | None]:
+        """Reads `objectives.question_answering.Judged`."""
+        for found, example in zip(self._answers.read(judged), examples, strict=False):
+            if found is None:
+                yield None
                 continue
-            answer = best[1]
-            exact += max(exact_match(answer, right) for right in window["answers"])
-            f1 += max(word_f1(answer, right) for right in window["answers"])
-            questions += 1
-        super().add(Counts(judged.loss, judged.weight, exact, f1, questions))
+            window, answer = found
+            # What stands before a window's part of the context.
+            asked = example.columns["input_ids"][: window["first"]].tolist()
+            yield {
+                "question": self._decode(asked),
+                "context": window["context"],
+                "answers": window["answers"],
+                "prediction": answer,
+            }
 
 
 def find_answer(

@@ -36,7 +36,10 @@ class Tally:
 
 
 def add_up(
-    eval_step: Callable[[Any], Any], batches: Iterable[Any], tally: Tally | None = None
+    eval_step: Callable[[Any], Any],
+    batches: Iterable[Any],
+    tally: Tally | None = None,
+    writer: Any = None,
 ) -> Any:
     """Sums over all batches, so that batch sizes do not matter.
 
@@ -44,17 +47,25 @@ def add_up(
       eval_step: Batch -> what the tally adds, on the device.
       batches: Batches, already on the devices.
       tally: What adds up; None if the step gives sums.
+      writer: A `predictions.Writer`, which is told too; or None.
 
     Returns:
       The tally's result.
     """
     tally = tally or Tally()
+
+    def add(judged: Any) -> None:
+        fetched = fetch(judged)
+        tally.add(fetched)
+        if writer is not None:
+            writer.add(fetched)
+
     pending = None
     for batch in batches:
         # The next batch is sent off before the last one's numbers are waited for.
         pending, done = eval_step(batch), pending
         if done is not None:
-            tally.add(fetch(done))
+            add(done)
     if pending is not None:
-        tally.add(fetch(pending))
+        add(pending)
     return tally.result()

@@ -199,67 +199,24 @@ def _numbers(
 
 
 class Judged(NamedTuple):
-    """What an evaluation sums up.
+    """What an evaluation looks at.
 
     Attributes:
       loss: As in `Sums`; so the next.
       weight: As in `Sums`.
-      counts: Of single labels [C, C], how often each (row) was taken for each
-        (column). Of several, [C, 2, 2], how often each was absent or present (row)
-        and was said to be (column). Of numbers, [C, 8]: how many, the sums of errors'
-        squares and sizes, of targets, outputs, their squares and their product.
-      exact: Examples with all labels right; 0 for numbers.
-      examples: Labelled examples.
+      outputs: Of the head for each example: logits, or numbers.
+      labels: As in the batch.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
-    counts: Float[Array, "C *N"]
-    exact: Float[Array, ""]
-    examples: Float[Array, ""]
+    outputs: Float[Array, "B S C"]
+    labels: Array
 
 
 def evaluate(model: Any, batch: Batch, config: Config) -> Judged:
-    """Sums from which every metric of an evaluation follows; arguments as `loss`."""
+    """What the metrics of an evaluation follow from; arguments as `loss`."""
     config = config.plain()
-    logits_BSC, labels = predict(model, batch), batch["labels"]
-    sums = label_sums(logits_BSC, labels, config)
-    if labels.ndim == 2:
-        num_labels = logits_BSC.shape[-1]
-        is_labelled_BS = labels != IGNORED
-        true_BSC = jax.nn.one_hot(labels, num_labels)  # -100 is no row at all
-        said_BS = jnp.argmax(logits_BSC, axis=-1)
-        said_BSC = jax.nn.one_hot(said_BS, num_labels)
-        counts = jnp.einsum("BSC,BSD->CD", true_BSC, said_BSC)
-        is_exact_BS = is_labelled_BS & (said_BS == labels)
-    elif jnp.issubdtype(labels.dtype, jnp.integer):
-        is_labelled_BS = labels[..., 0] != IGNORED
-        is_said = logits_BSC > 0
-        true_BSC2 = jax.nn.one_hot(labels, 2)
-        said_BSC2 = jax.nn.one_hot(is_said.astype(jnp.int32), 2)
-        counts = jnp.einsum("BSCi,BSCj->Cij", true_BSC2, said_BSC2)
-        is_exact_BS = is_labelled_BS & jnp.all(is_said == (labels == 1), axis=-1)
-    else:
-        is_labelled_BS = ~jnp.isnan(labels[..., 0])
-        counts = _moments(logits_BSC, labels)
-        is_exact_BS = jnp.zeros_like(is_labelled_BS)
-    return Judged(
-        sums.loss,
-        sums.weight,
-        counts,
-        jnp.sum(is_exact_BS, dtype=jnp.float32),
-        jnp.sum(is_labelled_BS, dtype=jnp.float32),
-    )
-
-
-def _moments(
-    outputs_BSC: Float[Array, "B S C"], targets_BSC: Float[Array, "B S C"]
-) -> Float[Array, "C 8"]:
-    is_given = ~jnp.isnan(targets_BSC)
-    x = jnp.where(is_given, targets_BSC, 0)
-    y = jnp.where(is_given, outputs_BSC, 0)
-    error = x - y
-    moments = (is_given, error * error, jnp.abs(error), x, y, x * x, y * y, x * y)
-    return jnp.stack(
-        [jnp.sum(m.astype(jnp.float32), axis=(0, 1)) for m in moments], axis=-1
-    )
+    outputs_BSC, labels = predict(model, batch), batch["labels"]
+    sums = label_sums(outputs_BSC, labels, config)
+    return Judged(sums.loss, sums.weight, outputs_BSC, labels)

@@ -12,6 +12,7 @@ from fjft.build import Experiment
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
+from fjft.evaluate.predictions import Writer
 from fjft.evaluate.sums import add_up
 from fjft.training.placing import place
 from fjft.training.step import Batch
@@ -99,7 +100,11 @@ class Evaluation:
         return f"{self._first}loss"
 
     def judge(
-        self, eval_step: Callable[[Batch], Any], model: Any, tokenizer: Any
+        self,
+        eval_step: Callable[[Batch], Any],
+        model: Any,
+        tokenizer: Any,
+        make_writer: Callable[[str, Any], Writer] | None = None,
     ) -> Judged:
         """Judges every set.
 
@@ -107,20 +112,26 @@ class Evaluation:
           eval_step: Batch -> the objective's sums, on the devices.
           model: The same model, for what it writes.
           tokenizer: Its tokenizer.
+          make_writer: Takes a set's name and its examples; what it makes writes their
+            predictions down.
 
         Raises:
           UserError: As `writing.judge_texts`.
         """
         module, metrics, reports = self._experiment.metrics_module, {}, []
         for name, rows in self._held_out.items():
+            writer = make_writer(name, rows.examples) if make_writer else None
             sums = add_up(
                 eval_step,
                 (place(batch, self._mesh) for batch in self._loaders[name].batches()),
                 module.Tally(rows.examples, self._experiment.objective),
+                writer,
             )
             found = module.summarize(sums)
             if self._experiment.evaluate.predict_with_generate:
-                found |= judge_texts(self._experiment, model, tokenizer, rows.examples)
+                found |= judge_texts(
+                    self._experiment, model, tokenizer, rows.examples, writer
+                )
             metrics |= {f"{_prefix(name)}{key}": found[key] for key in found}
             labels = rows.examples.labels
             report = module.report(sums, labels.names if labels else ())

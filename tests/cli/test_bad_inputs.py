@@ -307,6 +307,14 @@ def test_directory_that_is_no_run(fail, tmp_path):
     assert "no config.json" in said
 
 
+def test_predictions_that_are_none_of_single_examples(fail, finished, tmp_path):
+    flags = [f"--run={finished / 'run'}", f"--predictions={tmp_path / 'x.jsonl'}"]
+    said = fail(["evaluate", *flags])
+    assert "these have: " in said
+    assert "sequence_classification" in said
+    assert not (tmp_path / "x.jsonl").exists()
+
+
 def test_merge_that_is_not_exact_enough(fail, finished, tmp_path):
     said = fail(
         [

@@ -48,7 +48,8 @@ def judge(logits, labels, batch_size=7):
         model = Given(jnp.asarray(x[:, None]))
         return objective.evaluate(model, batch, objective.Config())
 
-    return add_up(step, range(0, len(labels), batch_size))
+    batches = range(0, len(labels), batch_size)
+    return add_up(step, batches, classification.Tally())
 
 
 @pytest.fixture

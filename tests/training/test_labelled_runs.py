@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,8 +95,21 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     )
     assert report in capsys.readouterr().out
 
-    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    told = tmp_path / "told.jsonl"
+    flags = [f"--run={tmp_path / 'run'}", f"--predictions={told}"]
+    assert main(["evaluate", *flags]) == 0
     assert report in capsys.readouterr().out
+    lines = [json.loads(line) for line in told.open()]
+    assert [line["row"] for line in lines] == list(held_out.examples.row_numbers)
+    assert [line["prediction"] for line in lines] == [NAMES[i] for i in said]
+    source = [
+        json.loads(line) for line in Path(config.data.train).read_text().split("\n")
+    ]
+    for line, logit in zip(lines, logits, strict=True):
+        row = source[line["row"]]
+        assert (line["text"], line["label"]) == (row["words"], row["opinion"])
+        scores = torch.tensor(logit).softmax(-1).tolist()
+        assert list(line["scores"].values()) == pytest.approx(scores, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,5 +82,16 @@ def test_a_run_ends_in_what_transformers_answers_with(make_config, tmp_path, cap
     for name, score in (("exact_match", exact_match), ("f1", word_f1)):
         theirs = np.mean([score(said, right) for _, said, right in best.values()])
         assert result.metrics[f"eval_{name}"] == pytest.approx(100 * theirs)
-    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    told = tmp_path / "told.jsonl"
+    flags = [f"--run={tmp_path / 'run'}", f"--predictions={told}"]
+    assert main(["evaluate", *flags]) == 0
     assert f"{result.metrics['eval_f1']:.5g}" in capsys.readouterr().out
+    source = [
+        json.loads(line) for line in Path(config.data.train).read_text().split("\n")
+    ]
+    lines = [json.loads(line) for line in told.open()]
+    for line, (_, said, right) in zip(lines, best.values(), strict=True):
+        assert (line["prediction"], line["answers"]) == (said, [right])
+        row = source[line["row"]]
+        assert line["question"] == row["question"]
+        assert line["context"] in row["context"]

@@ -81,7 +81,7 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     _, sets, report = build_experiment(config).load_examples(tokenizer)
     assert report.examples == 96
     held_out = sets[""]
-    total, count, exact = 0.0, 0, 0
+    total, count, exact, texts = 0.0, 0, 0, []
     for i in range(len(held_out.examples)):
         columns = held_out.examples[i].columns
         source, target = (columns[name] for name in ("input_ids", "labels"))
@@ -94,14 +94,25 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
             )
         count += target.numel()
         exact += written[0, 1:].tolist() == target[0].tolist()
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        texts.append(
+            [decode(ids[0].tolist()) for ids in (source, target, written[:, 1:])]
+        )
     assert result.metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
     share = 100 * exact / len(held_out.examples)
     assert result.metrics["eval_exact_match"] == pytest.approx(share)
     # Some words are written with the one that never is.
     assert 50 < share < 100
 
-    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    told = tmp_path / "told.jsonl"
+    flags = [f"--run={tmp_path / 'run'}", f"--predictions={told}"]
+    assert main(["evaluate", *flags]) == 0
     assert "eval_exact_match" in capsys.readouterr().out
+    lines = [json.loads(line) for line in told.open()]
+    names = ("text", "target", "prediction")
+    found = {line["row"]: [line[name] for name in names] for line in lines}
+    rows = held_out.examples.row_numbers.tolist()
+    assert found == dict(zip(rows, texts, strict=True))
 
 
 def test_a_merged_adapter_is_in_what_transformers_loads(make_config, tmp_path):

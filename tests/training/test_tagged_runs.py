@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,5 +84,14 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     report = seqeval.metrics.classification_report(true, said, digits=4)
     assert report in capsys.readouterr().out
 
-    assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
+    told = tmp_path / "told.jsonl"
+    flags = [f"--run={tmp_path / 'run'}", f"--predictions={told}"]
+    assert main(["evaluate", *flags]) == 0
     assert report in capsys.readouterr().out
+    lines = [json.loads(line) for line in told.open()]
+    assert [line["tags"] for line in lines] == true
+    assert [line["prediction"] for line in lines] == said
+    sentences = Path(config.data.train).read_text("utf-8").split("\n\n")
+    for line in lines:
+        words = [pair.split("\t")[0] for pair in sentences[line["row"]].split("\n")]
+        assert line["words"] == words
