@@ -162,3 +162,19 @@ def torch_logits(model: Any, **batch: np.ndarray) -> np.ndarray:
 def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
     """Token ids that every vocabulary here has, and none of which is special."""
     return np.random.default_rng(seed).integers(6, 50, shape).astype(np.int32)
+
+
+def make_tokenizer(num_sentinels: int) -> Any:
+    """`tiny.make_tokenizer` whose last words are T5's sentinels, from the last down."""
+    import tokenizers
+
+    tokenizer = tiny.make_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    last = len(vocabulary) - 1
+    names = sorted(vocabulary, key=vocabulary.__getitem__)
+    for i in range(num_sentinels):
+        names[last - i] = f"<extra_id_{i}>"
+    tokenizer.backend_tokenizer.model = tokenizers.models.WordLevel(
+        {name: i for i, name in enumerate(names)}, unk_token="<unk>"
+    )
+    return tokenizer

@@ -70,6 +70,8 @@ class Config:
         answered from texts.
       mlm_probability: Share of a text's tokens that a masked LM learns to predict.
       whole_word_mask: Choose these by whole words.
+      noise_density: Share of a text's tokens that are taken out, where spans are.
+      mean_noise_span_length: Tokens in such a span, on average.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
       strict: The first row that cannot be used is an error.
     """
@@ -95,6 +97,8 @@ class Config:
     doc_stride: int = 128
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
+    noise_density: float = 0.15
+    mean_noise_span_length: float = 3.0
     shuffle: bool = True
     strict: bool = False
 
@@ -122,6 +126,12 @@ class Config:
             raise UserError(
                 f"data.mlm_probability is {self.mlm_probability}; use a share above 0, "
                 "such as 0.15"
+            )
+        if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
+            raise UserError(
+                f"data.noise_density is {self.noise_density} and "
+                f"data.mean_noise_span_length {self.mean_noise_span_length}; use a "
+                "share between 0 and 1, such as 0.15, and at least 1"
             )
         if self.eval_size < 0 or (self.eval_size > 1 and self.eval_size % 1):
             raise UserError(

@@ -10,6 +10,7 @@ and what it should write, as token ids; it reads nothing where nothing is asked.
 import types
 
 from fjft.data import (
+    corrupted,
     desirable,
     groups,
     labelled,
@@ -23,6 +24,7 @@ from fjft.data import (
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
+    "corrupted": corrupted,
     "desirable": desirable,
     "groups": groups,
     "labelled": labelled,

@@ -52,6 +52,10 @@ class Draw(Protocol):
 
     columns: tuple[str, ...]
 
+    def measure(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of drawn examples, of those that have so many."""
+        ...
+
     def __call__(self, example: Example, random: np.random.Generator) -> Example:
         """The example with these columns, from numbers of this generator only."""
         ...

@@ -180,20 +180,21 @@ class Rows:
         self.columns = tuple(name for name in columns if name != "parts")
         self._num_parts = num_parts
         self._draw = draw
+        lengths = examples.lengths if draw is None else draw.measure(examples.lengths)
         self.bins: Bins | None = None
         if config.packing:
-            self.bins = pack_best_fit(examples.lengths, config.max_length)
+            self.bins = pack_best_fit(lengths, config.max_length)
             self.buckets = (config.max_length,)
             sums = np.concatenate(
-                [[0], np.cumsum(examples.lengths[self.bins.order], dtype=np.int64)]
+                [[0], np.cumsum(lengths[self.bins.order], dtype=np.int64)]
             )
             self.lengths = np.diff(sums[self.bins.starts])
         else:
-            longest = int(examples.lengths.max(initial=0))
+            longest = int(lengths.max(initial=0))
             self.buckets = tuple(
                 choose_buckets(config.max_length, longest, config.buckets)
             )
-            self.lengths = examples.lengths.astype(np.int64)
+            self.lengths = lengths.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)

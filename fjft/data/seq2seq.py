@@ -96,12 +96,18 @@ class Encoder:
                 ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
                 for ids in (source, target)
             )
-        columns = {
-            "input_ids": _fill(source, min(length, limit), NO_TOKEN),
-            "labels": _fill(target, min(length, limit), IGNORED),
-        }
         ends = (target[-1],) if end in target else ()
+        columns = lay_side_by_side(source, target)
         return Example(columns, None, ends, length > limit)
+
+
+def lay_side_by_side(source: list[int], target: list[int]) -> dict[str, np.ndarray]:
+    """Both texts as columns of one example, the shorter one filled up."""
+    length = max(len(source), len(target))
+    return {
+        "input_ids": _fill(source, length, NO_TOKEN),
+        "labels": _fill(target, length, IGNORED),
+    }
 
 
 def _fill(ids: list[int], length: int, filler: int) -> np.ndarray:

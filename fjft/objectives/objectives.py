@@ -27,6 +27,7 @@ from fjft.objectives import (
     reward,
     seq2seq,
     sequence_classification,
+    span_corruption,
     token_classification,
 )
 
@@ -42,5 +43,6 @@ OBJECTIVES: dict[str, types.ModuleType] = {
     "reward": reward,
     "seq2seq": seq2seq,
     "sequence_classification": sequence_classification,
+    "span_corruption": span_corruption,
     "token_classification": token_classification,
 }

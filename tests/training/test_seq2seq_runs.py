@@ -10,7 +10,7 @@ import tiny
 import tiny_seq2seq
 import torch
 import transformers
-from tiny_experiment import assert_cuts_change_nothing, run_config
+from tiny_experiment import assert_cuts_change_nothing, run_config, start
 
 import fjft
 from fjft.build import build_experiment
@@ -113,6 +113,43 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     found = {line["row"]: [line[name] for name in names] for line in lines}
     rows = held_out.examples.row_numbers.tolist()
     assert found == dict(zip(rows, texts, strict=True))
+
+
+def test_spans_taken_out_of_texts_are_learned_as_torch_would(make_config, tmp_path, t5):
+    """Its held-out loss, on what is drawn for it, and any cut of its batches."""
+    tokenizer = tiny_seq2seq.make_tokenizer(4)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_seq2seq.torch_model("t5/relu-tied").save_pretrained(tmp_path / "model")
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 40, (48, 12))
+    texts = (json.dumps({"text": " ".join(f"w{w}" for w in row)}) for row in rows)
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    config = make_config(
+        model__source=str(tmp_path / "model"),
+        objective__name="span_corruption",
+        data__train=str(tmp_path / "texts.jsonl"),
+        data__text_columns="text",
+        data__packing=True,
+        data__max_length=24,
+        evaluate__predict_with_generate=False,
+    )
+    assert_cuts_change_nothing(config)
+    _, held_out, _ = build_experiment(config).load_examples(tokenizer)
+    [rows] = held_out.values()
+    total, count = 0.0, 0
+    twin = tiny_seq2seq.torch_model("t5/relu-tied")
+    for i in range(len(rows.examples)):
+        columns = rows.example(i, (0, 0)).columns
+        source, target = (columns[name] for name in ("input_ids", "labels"))
+        source = torch.tensor(source[source >= 0])[None].long()
+        target = torch.tensor(target[target >= 0])[None].long()
+        with torch.no_grad():
+            total += twin(source, labels=target).loss.item() * target.numel()
+        count += target.numel()
+    started = start(config)
+    with jax.set_mesh(started.mesh):
+        judged = started.run.evaluate(started.state, tokenizer)
+    assert judged.metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_a_merged_adapter_is_in_what_transformers_loads(make_config, tmp_path):
