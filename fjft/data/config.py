@@ -29,7 +29,8 @@ class Config:
         without a split means `test` here and `train` there.
       eval_size: When `eval` is empty, how much of `train` is held out: a fraction if
         below 1, otherwise a number of examples. Which rows are held out depends on
-        the seed and the row's number only.
+        the seed and the row's number only. Of a mixture so much of each source, which
+        becomes a set by its name.
       eval_shots: Before each held-out question so many answered ones are shown, which
         the seed draws from the training data that is not held out, and from the
         question's own source where sources have names.

@@ -9,7 +9,7 @@ from fjft.data import tokenize
 from fjft.data.config import Config
 from fjft.data.draws import draw
 from fjft.data.examples import Examples
-from fjft.data.mixture import mix
+from fjft.data.mixture import by_source, check_sources, mix
 from fjft.data.pack import Rows
 from fjft.data.reading import Encoder, Reader
 from fjft.data.report import Report
@@ -46,20 +46,22 @@ def load_examples(
     encoder = make_encoder(tokenizer, config)
     reader = Reader(config, encoder, seed)
     examples, report = reader.make_examples(config.train_sources, "train")
+    if isinstance(config.train, Mapping):
+        check_sources(examples, report.sources)
     sets: dict[str, Examples] = {}
     if not config.eval_sources and config.eval_size:
-        examples, sets[""] = hold_out(examples, config.eval_size, seed)
-        report.held_out = len(sets[""])
+        examples, sets = hold_out(examples, report.sources, config.eval_size, seed)
+        report.held_out = sum(map(len, sets.values()))
     show = None
     if config.eval_shots:
         numbers = choose_pool(examples, report.sources, seed)
         rows = reader.read(config.train_sources, "train")
         pool = [row for row in rows if row.number in numbers]
         show = Shots(pool, config.eval_shots, seed).show
-        if sets:
-            held_out = set(sets[""].row_numbers.tolist())
-            sets[""], part = reader.make_examples(
-                config.train_sources, "train", show, held_out
+        for name, own in sets.items():
+            option = f"train.{name}" if name else "train"
+            sets[name], part = reader.make_examples(
+                config.train_sources, option, show, set(own.row_numbers.tolist())
             )
             report.evals.append(part)
     for name, sources in config.eval_sources.items():
@@ -86,7 +88,9 @@ def load_examples(
     return train, dict(zip(sets, evaluation, strict=True)), report
 
 
-def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
+def hold_out(
+    examples: Examples, rows: Mapping[str, int], size: float, seed: int
+) -> tuple[Examples, dict[str, Examples]]:
     """Divides examples into those to train on and those held out, both in order.
 
     Each source row draws a number that depends on the seed and the row's place only,
@@ -94,23 +98,41 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
 
     Args:
       examples: All examples.
-      size: Fraction held out if below 1, otherwise how many examples.
+      rows: How many rows each source had, used or not.
+      size: Fraction held out of each source if below 1, otherwise how many examples.
       seed: Chooses which.
 
+    Returns:
+      Those to train on; and those held out, by the name of their source.
+
     Raises:
-      UserError: Nothing would be left to train on, or nothing is held out.
+      UserError: Nothing would be left of a source to train on, or nothing is held out.
     """
-    draws = draw(examples.row_numbers, seed)
+    is_held_out = np.concatenate(
+        [
+            _choose_held_out(name, own.row_numbers, size, seed)
+            for name, own in by_source(examples, rows).items()
+        ]
+    )
+    indices = np.arange(len(examples))
+    held_out = examples.take(indices[is_held_out])
+    return examples.take(indices[~is_held_out]), by_source(held_out, rows)
+
+
+def _choose_held_out(
+    source: str, numbers: np.ndarray, size: float, seed: int
+) -> np.ndarray:
+    draws = draw(numbers, seed)
     if size < 1:
         is_held_out = draws < size
     else:
         # The pieces of a row draw the same number, and stay together.
         is_held_out = draws <= np.sort(draws)[: int(size)].max(initial=-1)
     count = int(is_held_out.sum())
-    if count == len(examples) or (size > 0 and count == 0):
+    if count == len(numbers) or count == 0:
         raise UserError(
-            f"data.eval_size = {size:g} holds out {count} of {len(examples)} examples;"
-            f" use a number of examples from 1 to {len(examples) - 1}"
+            f"data.eval_size = {size:g} holds out {count} of {len(numbers)} examples"
+            f"{source and f' of data.train.{source}'}; use a number of examples from 1 "
+            f"to {len(numbers) - 1}"
         )
-    indices = np.arange(len(examples))
-    return examples.take(indices[~is_held_out]), examples.take(indices[is_held_out])
+    return is_held_out

@@ -18,6 +18,32 @@ from fjft.data.examples import Examples
 from fjft.errors import UserError
 
 
+def by_source(examples: Examples, rows: Mapping[str, int]) -> dict[str, Examples]:
+    """Examples by the name of their source; arguments as of `mix`."""
+    sources = _find_sources(examples, rows)
+    return {
+        name: examples.take(np.flatnonzero(sources == number))
+        for number, name in enumerate(rows)
+    }
+
+
+def check_sources(examples: Examples, rows: Mapping[str, int]) -> None:
+    """Checks that each source has examples.
+
+    Raises:
+      UserError: One has none.
+    """
+    for name, own in by_source(examples, rows).items():
+        if not len(own):
+            raise UserError(f"data.train.{name} has no examples; leave it out")
+
+
+def _find_sources(examples: Examples, rows: Mapping[str, int]) -> np.ndarray:
+    """The number of each example's source."""
+    ends = np.cumsum(list(rows.values()))
+    return np.searchsorted(ends, examples.row_numbers, side="right")
+
+
 def mix(
     examples: Examples,
     rows: Mapping[str, int],
@@ -37,21 +63,14 @@ def mix(
     Returns:
       The epoch's examples; and of each source how many it has, and how many the epoch
       has of it.
-
-    Raises:
-      UserError: A source has no examples.
     """
-    ends = np.cumsum(list(rows.values()))
-    sources = np.searchsorted(ends, examples.row_numbers, side="right")
+    sources = _find_sources(examples, rows)
     sizes = np.bincount(sources, minlength=len(rows))
-    for name, size in zip(rows, sizes, strict=True):
-        if not size:
-            raise UserError(f"data.train.{name} has no examples; leave it out")
     rates = np.array([weights.get(name, 0) for name in rows]) if weights else sizes
     counts = count_epoch(sizes, rates ** (1 / temperature))
     chosen = []
     for source, count in enumerate(counts):
-        (own,) = np.nonzero(sources == source)
+        own = np.flatnonzero(sources == source)
         again = np.random.default_rng((seed, source)).permutation(own)
         repeats, rest = divmod(count, len(own))
         chosen += [own] * repeats + [again[:rest]]

@@ -119,6 +119,7 @@ class Reader:
         """
         encoder = self._encoder
         report = Report(option, strict=self._strict, generates=encoder.generates)
+        report.sources.update(dict.fromkeys(sources, 0))
         spool = Spool(columns=encoder.columns, labels=encoder.labels)
         rows: Iterable[Sampled] = self.read(
             sources, "test" if option.startswith("eval") else "train"

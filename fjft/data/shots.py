@@ -7,6 +7,7 @@ import numpy as np
 
 from fjft.data.draws import draw
 from fjft.data.examples import Examples
+from fjft.data.mixture import by_source
 from fjft.data.reading import Sampled
 from fjft.data.templates import SYSTEM_ROLES, Chat, MalformedError, Pair
 from fjft.errors import UserError
@@ -28,12 +29,11 @@ def choose_pool(examples: Examples, rows: Mapping[str, int], seed: int) -> set[i
       rows: How many rows each source had, used or not.
       seed: Of the draw.
     """
-    numbers, chosen, first = np.unique(examples.row_numbers), set(), 0
-    for count in rows.values():
-        here = numbers[(numbers >= first) & (numbers < first + count)]
-        order = np.argsort(draw(here, seed, _POOL_STREAM), kind="stable")
-        chosen.update(here[order[:POOL_SIZE]].tolist())
-        first += count
+    chosen: set[int] = set()
+    for own in by_source(examples, rows).values():
+        numbers = np.unique(own.row_numbers)
+        order = np.argsort(draw(numbers, seed, _POOL_STREAM), kind="stable")
+        chosen.update(numbers[order[:POOL_SIZE]].tolist())
     return chosen
 
 

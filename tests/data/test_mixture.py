@@ -58,9 +58,11 @@ def test_an_epoch_follows_from_the_seed(chatml, sources):
     first, again, other = (count(train) for train, _, _ in trained)
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-    held_out = trained[0][1][""].examples.row_numbers
-    assert len(held_out) == 5
-    assert not first[held_out].any()
+    for name, rows in trained[0][1].items():
+        held_out = rows.examples.row_numbers
+        assert len(held_out) == 5
+        assert not first[held_out].any()
+        assert ((held_out > 40) == (name == "small")).all()
 
 
 def test_epochs_are_as_long_as_those_of_datasets():
@@ -91,6 +93,10 @@ def test_a_mixture_that_cannot_be_is_an_error(options, said):
 
 
 def test_a_source_without_examples_is_an_error(chatml, sources, write):
-    sources["none"] = write("{", name="none.jsonl")
-    with pytest.raises(UserError, match=r"data\.train\.none has no examples"):
-        load_examples(Config(train=sources), chatml)
+    for lines in (["{"], []):
+        sources["none"] = write(*lines, name="none.jsonl")
+        with pytest.raises(UserError, match=r"data\.train\.none has no examples"):
+            load_examples(Config(train=sources), chatml)
+    sources["none"] = write({"prompt": "a:", "completion": "b"}, name="none.jsonl")
+    with pytest.raises(UserError, match=r"0 of 1 examples of data\.train\.none"):
+        load_examples(Config(train=sources, eval_size=0.1), chatml)
