@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fjft.errors import UserError
@@ -38,7 +39,10 @@ class Config(schedules.Config):
     Attributes:
       name: One of `OPTIMIZERS`.
       weight_decay: Decoupled, times the learning rate; for `sgd` added to the
-        gradient, as in torch.
+        gradient, as in torch. Not of biases and norms.
+      layer_decay: What the learning rate is multiplied by from layer to layer, counted
+        from the output: heads have all of it, the last layer this share, embeddings
+        that of one layer more than there are. 1 is the same rate for all.
       adam_beta1: First-moment decay of adamw, lion and muon's AdamW part.
       adam_beta2: Second-moment decay of the same. transformers hands the default
         0.999 to Lion too; its paper uses 0.99.
@@ -55,6 +59,7 @@ class Config(schedules.Config):
 
     name: str = "adamw"
     weight_decay: float = 0.0
+    layer_decay: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -63,6 +68,13 @@ class Config(schedules.Config):
     muon_momentum: float = 0.95
     muon_adjust_lr: str = "match_rms_adamw"
     offload: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(
+                f"optimizer.layer_decay={self.layer_decay} is not in (0, 1]; 0.9 slows "
+                "each layer down by a tenth, 1 none"
+            )
 
 
 class Layout(NamedTuple):
@@ -88,7 +100,7 @@ def make_optimizer(
     *,
     stack_axes: PerParameter[int] | None = None,
     muon_mask: PerParameter[bool] | None = None,
-    rates: PerParameter[float] | None = None,
+    rates: PerParameter[float | np.ndarray] | None = None,
 ) -> optax.GradientTransformation:
     """Makes the optimizer that `config` names, schedule and weight decay included.
 
@@ -107,8 +119,9 @@ def make_optimizer(
       muon_mask: False where a matrix is AdamW's and not Muon's; by default Muon has
         all matrices. Its author leaves embeddings and the vocabulary projection to
         AdamW, so a full fine-tuning should say so here.
-      rates: What each parameter's learning rate is multiplied by; by default 1. As in
-        torch's groups, weight decay goes with it.
+      rates: What each parameter's learning rate is multiplied by, a number or an array
+        that stands against its axes; by default 1. As in torch's groups, weight decay
+        goes with it.
 
     Returns:
       An optax transformation; `update` needs the parameters.
@@ -131,7 +144,9 @@ def make_optimizer(
     return transforms.in_float32(optax.chain(*parts))
 
 
-def _scale_each(rates: PerParameter[float]) -> optax.GradientTransformation:
+def _scale_each(
+    rates: PerParameter[float | np.ndarray],
+) -> optax.GradientTransformation:
     def scale(updates: Any, params: Any) -> Params:
         del params
         each = _spread(rates, updates)

@@ -27,6 +27,7 @@ from fjft.peft import virtual
 from fjft.peft.rule import StepRule
 from fjft.pretrained import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.training import step as steps
+from fjft.training.groups import find_decayed, find_rates
 from fjft.training.state import TrainState, abstract_state
 from fjft.training.teacher import (
     as_teachers,
@@ -131,23 +132,13 @@ def build_program(
     _check_packing(e, blueprint.model)
     axes = tree.logical_axes(blueprint.model)
     stack_axes = {path: _stack_axes(axes[path]) for path in trainable}
-    rates = None
-    if hasattr(e.method, "rate"):
-        rates = {
-            path: e.method.rate(
-                e.peft,
-                path,
-                len(axes[path]) - stack_axes[path],
-                e.optimizer.learning_rate,
-            )
-            for path in trainable
-        }
     optimizer = make_optimizer(
         e.optimizer,
         total_steps,
+        find_decayed(e, blueprint, trainable),
         stack_axes=stack_axes,
         muon_mask={path: "vocab" not in axes[path] for path in trainable},
-        rates=rates,
+        rates=find_rates(e, blueprint, stack_axes),
     )
     rule = None
     if hasattr(e.method, "step_rule"):
