@@ -168,11 +168,8 @@ def test_the_config_comes_back(case, make, tmp_path):
 def test_a_model_in_the_files_format_keeps_its_codes(make, tmp_path):
     """Quantized anew, a block whose largest code is not 127 would get other scales."""
     path, mesh = tmp_path / "x.gguf", sharding.make_mesh(sharding.Config(1, 2, 2))
-    save_gguf(
-        make("llama/linear-rope-tied", hidden_size=128, num_attention_heads=4)[1],
-        path,
-        "q8_0",
-    )
+    shape = {"hidden_size": 128, "num_attention_heads": 4}
+    save_gguf(make("llama/linear-rope-tied", **shape)[1], path, "q8_0")
     weaken_scales(path, "blk.1.ffn_down.weight")
     whole = fjft.load_model(str(path))
     for on in (None, mesh):
