@@ -69,6 +69,7 @@ TASKS = {
                 "optimizer.learning_rate": 3e-4,
             },
             "prompt": {"optimizer.learning_rate": 3e-2},
+            "vera": {"optimizer.learning_rate": 3e-2},
             "p_tuning": {"optimizer.learning_rate": 3e-3},
             "prefix": {"optimizer.learning_rate": 1e-2},
             # The tokens that begin and end a turn, and the end of a line.
@@ -102,6 +103,7 @@ TASKS = {
                 "optimizer.learning_rate": 3e-4,
             },
             "prompt": {"optimizer.learning_rate": 1e-2},
+            "vera": {"optimizer.learning_rate": 2e-2},
             "prefix": {"optimizer.learning_rate": 1e-2},
             "trainable_tokens": {"peft.token_indices": (101, 102)},
         },
