@@ -29,6 +29,7 @@ from fjft.errors import UserError
 from fjft.evaluate import overlap
 from fjft.evaluate.metrics import METRICS
 from fjft.models.codes import QUANTIZATIONS
+from fjft.models.narrow import KINDS
 from fjft.models.stack import REMAT_POLICIES
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer
@@ -63,6 +64,8 @@ class ModelConfig:
         checkpoint's. What is trained is always float32.
       quantization: A key of `FORMATS`: linear maps that are not trained, but the
         head, lie in codes of so many bits; "" leaves them in `dtype`.
+      matmuls: A key of `KINDS`: while training, linear maps, but the head, multiply in
+        8 bits, on hardware that does so faster; "" multiplies in `dtype`.
       from_scratch: Start from random weights, drawn by `train.seed`; of `source` only
         the config and the tokenizer count.
       sizes: Fields of the config that such a model has otherwise, such as
@@ -74,6 +77,7 @@ class ModelConfig:
     revision: str = "main"
     dtype: str = "bfloat16"
     quantization: str = ""
+    matmuls: str = ""
     from_scratch: bool = False
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     remat: str = "full"
@@ -81,7 +85,13 @@ class ModelConfig:
     def __post_init__(self):
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.quantization", self.quantization, QUANTIZATIONS)
+        check_name("model.matmuls", self.matmuls, ("", *KINDS))
         check_name("model.remat", self.remat, REMAT_POLICIES)
+        if self.matmuls and self.quantization:
+            raise UserError(
+                f"model.quantization={self.quantization!r} holds weights in codes that "
+                f"model.matmuls={self.matmuls!r} cannot multiply; set one of them"
+            )
         if self.sizes and not self.from_scratch:
             raise UserError(
                 "model.sizes is of a model that starts from random weights; set "

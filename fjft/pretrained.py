@@ -19,7 +19,12 @@ from fjft import sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.checkpoint.huggingface import Provenance, match
 from fjft.checkpoint.loading import load_params
-from fjft.checkpoint.quantizing import load_quantized, quantize_model, read_whole
+from fjft.checkpoint.quantizing import (
+    linear_maps,
+    load_quantized,
+    quantize_model,
+    read_whole,
+)
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.data.examples import Labels
 from fjft.errors import UserError
@@ -134,6 +139,7 @@ def draw_model(
     dtype: str,
     mesh: Mesh,
     quantization: str = "",
+    matmuls: str = "",
 ) -> Blueprint:
     """Draws a model with a method's adapters attached; nothing is allocated.
 
@@ -144,6 +150,7 @@ def draw_model(
       dtype: One of `DTYPES` but `auto`; what the method trains is float32 anyway.
       mesh: Where the parameters will lie.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
+      matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
 
     Raises:
       UserError: The model type is unknown, or a parameter does not divide over the
@@ -157,6 +164,9 @@ def draw_model(
         table = sites(family.rows(arch), model)
         if quantization:
             quantize_model(model, table, quantization, find_trainable(table))
+        if matmuls:
+            for site in linear_maps(model, table):
+                module_at(model, site.module).matmuls = matmuls
         if method is not None:
             method.attach(model, table, peft_config, rngs)
         return model
@@ -195,6 +205,7 @@ def build_model(
     head: str | None = None,
     num_labels: int | None = None,
     quantization: str = "",
+    matmuls: str = "",
 ) -> Any:
     """Loads a pretrained model onto a mesh, with a method's adapters attached.
 
@@ -212,6 +223,7 @@ def build_model(
       num_labels: How many labels the head tells apart; None is what the config says.
         A stored head for another number is made new.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
+      matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
 
     Raises:
       UserError: The model type is unknown, its weights do not fit its config, or a
@@ -225,6 +237,7 @@ def build_model(
         dtype=most_common_dtype(files) if dtype == "auto" else dtype,
         mesh=mesh,
         quantization=quantization,
+        matmuls=matmuls,
     )
     arch, table = blueprint.model.arch, blueprint.sites
     matched = match(

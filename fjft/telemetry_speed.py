@@ -2,9 +2,11 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Peak dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`.
 # TPU: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of each
@@ -36,6 +38,23 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
 }
 
+# How many times as fast products of 8 bits are, from the same sources; 1 elsewhere.
+NARROW_RATES = {
+    "TPU v5 lite": {"int8": 2.0},
+    "TPU v5": {"int8": 2.0},
+    "TPU v6 lite": {"int8": 2.0},
+    "TPU7x": {"fp8": 2.0},
+    "Tesla T4": {"int8": 2.0},
+    "NVIDIA A10": {"int8": 2.0},
+    "NVIDIA A100": {"int8": 2.0},
+    "NVIDIA B200": {"int8": 2.0, "fp8": 2.0},
+    "NVIDIA GH200": {"int8": 2.0, "fp8": 2.0},
+    "NVIDIA H100": {"int8": 2.0, "fp8": 2.0},
+    "NVIDIA H200": {"int8": 2.0, "fp8": 2.0},
+    "NVIDIA L4": {"int8": 2.0, "fp8": 2.0},
+    "NVIDIA L40S": {"int8": 2.0, "fp8": 2.0},
+}
+
 # One event for each XLA compilation, or its load from the persistent cache.
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
@@ -51,12 +70,24 @@ def peak_flops(device_kind: str) -> float | None:
     Returns:
       FLOP/s of one jax device, or None when it is not known, as for CPUs.
     """
+    return _look_up(PEAK_FLOPS, device_kind)
+
+
+def narrow_rates(device_kind: str) -> Mapping[str, float]:
+    """How many times as fast as bfloat16's a device does products of `int8` or `fp8`.
+
+    Args:
+      device_kind: As for `peak_flops`.
+    """
+    return _look_up(NARROW_RATES, device_kind) or {}
+
+
+def _look_up(table: Mapping[str, T], device_kind: str) -> T | None:
     # The longest name that ends at a word's end: "NVIDIA L4" is no "NVIDIA L40S".
-    names = sorted(PEAK_FLOPS, key=len, reverse=True)
-    for name in names:
+    for name in sorted(table, key=len, reverse=True):
         # "TPU v4 lite" is another chip than "TPU v4".
         if re.match(rf"{re.escape(name)}(?![A-Za-z0-9]| lite)", device_kind):
-            return PEAK_FLOPS[name]
+            return table[name]
     return None
 
 

@@ -53,7 +53,7 @@ def quantize_model(
             f"model.quantization={quantization!r}: most of this model are routed "
             "experts, which are not quantized; leave model.quantization empty"
         )
-    chosen = [site for site in sites if _is_linear(model, site)]
+    chosen = linear_maps(model, sites)
     chosen = [site for site in chosen if not trainable(site.path)]
     if not chosen:
         raise UserError(
@@ -65,6 +65,11 @@ def quantize_model(
         linear = module_at(model, site.module)
         check_divides(quantization, site.path, linear.weight.shape)
         linear.quantize(quantization)
+
+
+def linear_maps(model: Any, sites: Sequence[Site]) -> list[Site]:
+    """The sites of the weights of linear maps, but the head's."""
+    return [site for site in sites if _is_linear(model, site)]
 
 
 def _is_linear(model: Any, site: Site) -> bool:

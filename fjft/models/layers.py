@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from fjft.models.narrow import narrow_product
 from fjft.models.quantized import Quantized
 
 Initializer = Callable[..., jax.Array]
@@ -73,6 +74,7 @@ class Linear(nnx.Module):
     Attributes:
       name: The attribute that holds this map in its block (`q`, `gate`, ...).
       weight: A parameter, or what `quantize` put in its place, which reads as one.
+      matmuls: A key of `narrow.KINDS` multiplies in 8 bits; "" in the input's type.
       adapter: None, or a module that stands around the map: it is called as
         `adapter(linear, x, rng)` and gives what the map gives from then on. What may
         stand around an output head also has `terms(x, rng)`, what it adds to the map.
@@ -94,6 +96,7 @@ class Linear(nnx.Module):
         self.bias = nnx.data(
             make(sizes[:1], axes[:1], jax.nn.initializers.zeros) if bias else None
         )
+        self.matmuls = ""
         self.adapter = nnx.data(None)
 
     def __call__(
@@ -114,7 +117,10 @@ class Linear(nnx.Module):
         """The map without its adapter and its bias."""
         if isinstance(self.weight, Quantized):
             return self.weight.product(x)
-        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        weight = self.weight[...].astype(x.dtype)
+        if self.matmuls:
+            return narrow_product(self.matmuls, x, weight)
+        return jnp.einsum("...i,oi->...o", x, weight)
 
     def terms(
         self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None = None

@@ -16,6 +16,7 @@ from fjft.checkpoint.source import ModelInfo
 from fjft.planning import hlo
 from fjft.planning.flops import count_flops
 from fjft.planning.targets import HERE, Target
+from fjft.telemetry_speed import narrow_rates
 from fjft.training.fit import Fit, compile_step
 from fjft.training.program import Program, build_program
 
@@ -29,6 +30,7 @@ class Compiled:
       length: Tokens of a row.
       fit: What memory it takes.
       flops: Of all devices, with what is recomputed.
+      wide_flops: As many in bfloat16 would take as long.
       traffic: What it moves; None if it was refused.
       buffers: The largest temporary ones.
       seconds: From the config to here.
@@ -38,6 +40,7 @@ class Compiled:
     length: int
     fit: Fit
     flops: float
+    wide_flops: float
     traffic: hlo.Traffic | None
     buffers: list[hlo.Buffer]
     seconds: float
@@ -58,6 +61,7 @@ def compile_experiment(
       UserError: The config cannot be trained on this mesh.
     """
     started = time.perf_counter()
+    kind = target.devices[0].device_kind
     mesh = sharding.make_mesh(experiment.mesh, target.devices)
     length = experiment.data.max_length
     uncached = contextlib.nullcontext() if target.name == HERE else _uncached()
@@ -73,6 +77,7 @@ def compile_experiment(
         length=length,
         fit=fit,
         flops=count_flops(traced.jaxpr),
+        wide_flops=count_flops(traced.jaxpr, narrow_rates(kind)),
         traffic=traffic,
         buffers=buffers,
         seconds=time.perf_counter() - started,

@@ -1,13 +1,14 @@
 """Counts the FLOPs of a traced program, every turn of every loop."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count_flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any, rates: Mapping[str, float] | None = None) -> float:
     """FLOPs of all matrix products, over all devices; a multiply-add is two.
 
     A scan counts as often as it turns, a kernel as its author says or else as often
@@ -16,16 +17,18 @@ def count_flops(jaxpr: Any) -> float:
 
     Args:
       jaxpr: From `jax.jit(...).trace(...)` or `jax.make_jaxpr`.
+      rates: How many times as fast products of `int8` or `fp8` are done; they count
+        so many times less.
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(map(_count, jaxpr.eqns))
+    return sum(_count(eqn, rates or {}) for eqn in jaxpr.eqns)
 
 
-def _count(eqn: Any) -> float:
+def _count(eqn: Any, rates: Mapping[str, float]) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
-        return _dot_flops(eqn)
+        return _dot_flops(eqn) / rates.get(_narrow_type(eqn), 1.0)
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         layout = params["dimension_numbers"].rhs_spec
@@ -35,9 +38,9 @@ def _count(eqn: Any) -> float:
         if params.get("cost_estimate") is not None:
             return float(params["cost_estimate"].flops)
         cells = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
-        return cells * count_flops(params["jaxpr"])
+        return cells * count_flops(params["jaxpr"], rates)
     leaves = jax.tree.leaves(params, is_leaf=_is_jaxpr)
-    inside = [count_flops(leaf) for leaf in leaves if _is_jaxpr(leaf)]
+    inside = [count_flops(leaf, rates) for leaf in leaves if _is_jaxpr(leaf)]
     if name == "cond":
         return max(inside)
     turns = params["length"] if name == "scan" else 1
@@ -55,6 +58,11 @@ def _dot_flops(eqn: Any) -> float:
     left = eqn.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def _narrow_type(eqn: Any) -> str:
+    dtype = eqn.invars[0].aval.dtype.name
+    return "fp8" if dtype.startswith("float8") else dtype
 
 
 def attention_flops(arch: Any, length: int) -> float:

@@ -19,7 +19,8 @@ METHODS = {
     "over whole rows",
     "memory": "operands and results of every instruction of the compiled step",
     "collectives": "what each collective of the compiled step brings to a device",
-    "step": "roofline: the longest of FLOPs, memory and interconnect, each at its "
+    "step": "roofline: the longest of FLOPs (in 8 bits where the step has them and the "
+    "hardware is faster so), memory and interconnect, each at its "
     "published peak and all at once; no step is faster, most take longer; copies from "
     "and to the host's memory are not in it",
     "price": "the price given, or about what it cost on demand in 2025: check it",
@@ -45,6 +46,7 @@ class Report:
       buffers: The largest temporary buffers, which lie in memory one after another.
       model_flops: Of one step over all devices, nothing recomputed.
       hardware_flops: The same with what is recomputed.
+      wide_flops: As many in bfloat16 would take as long.
       memory_bytes: Read and written in one step; None if the step was refused.
       collectives: By kind, `(count, bytes)` that arrive in one step.
       compute_seconds: One step's FLOPs at the peak rate; so the next two.
@@ -69,6 +71,7 @@ class Report:
     buffers: list[Buffer]
     model_flops: float
     hardware_flops: float
+    wide_flops: float
     memory_bytes: float | None
     collectives: dict[str, tuple[int, float]]
     compute_seconds: float | None
@@ -99,10 +102,10 @@ class Report:
 
     @property
     def mfu(self) -> float | None:
-        """The share of the peak FLOP/s that the model's own FLOPs would use."""
+        """The share of the peak bfloat16 FLOP/s that the model's own would use."""
         if not self.step_seconds or not self.compute_seconds:
             return None
-        useful = self.compute_seconds * self.model_flops / self.hardware_flops
+        useful = self.compute_seconds * self.model_flops / self.wide_flops
         return useful / self.step_seconds
 
     @property
@@ -243,9 +246,10 @@ def make_report(
         buffers=compiled.buffers,
         model_flops=per_token * tokens,
         hardware_flops=compiled.flops,
+        wide_flops=compiled.wide_flops,
         memory_bytes=traffic and traffic.memory_bytes,
         collectives=collectives,
-        compute_seconds=_divide(compiled.flops / mesh.size, target.peak_flops),
+        compute_seconds=_divide(compiled.wide_flops / mesh.size, target.peak_flops),
         memory_seconds=traffic
         and _divide(traffic.memory_bytes, target.memory_bandwidth),
         link_seconds=traffic and _divide(arriving, target.link_bandwidth),

@@ -125,6 +125,7 @@ def build_program(
         dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,
         mesh=mesh,
         quantization=e.model.quantization,
+        matmuls=e.model.matmuls,
     )
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)

@@ -125,6 +125,7 @@ def build_run(
         mesh=mesh,
         seed=e.train.seed,
         quantization=e.model.quantization,
+        matmuls=e.model.matmuls,
         head=head,
         num_labels=num_labels,
     )

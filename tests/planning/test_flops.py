@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fjft.models.narrow import narrow_product
 from fjft.planning.flops import count_flops
 
 X = jnp.ones((4, 8))
@@ -18,6 +19,14 @@ def flops(f, *args):
 def test_a_product_and_a_batch_of_them():
     assert flops(lambda x, w: x @ w, X, W[0]) == ONE
     assert flops(lambda x, w: jnp.einsum("bi,nio->nbo", x, w), X, W) == 3 * ONE
+
+
+def test_products_in_8_bits_count_by_their_rate():
+    def both(kind):
+        jaxpr = jax.make_jaxpr(lambda x: narrow_product(kind, x, W[0]) @ W[0])(X)
+        return count_flops(jaxpr, {"int8": 2.0})
+
+    assert (both("int8"), both("fp8")) == (1.5 * ONE, 2 * ONE)
 
 
 def chain(x, w):
