@@ -17,8 +17,9 @@ from fjft.checkpoint.source import (
     ModelInfo,
     open_info,
     open_model,
-    open_untrained,
 )
+from fjft.checkpoint.untrained import open_untrained, with_tokenizer
+from fjft.data import vocabulary
 from fjft.data.dataset import load_examples
 from fjft.data.encoders import ENCODERS
 from fjft.data.examples import Labels
@@ -70,6 +71,8 @@ class ModelConfig:
         the config and the tokenizer count.
       sizes: Fields of the config that such a model has otherwise, such as
         `num_hidden_layers`.
+      tokenizer: A key of `vocabulary.KINDS`: such a model has a tokenizer trained on
+        `data.train`, of at most `vocab_size` tokens; "" is that of `source`.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
@@ -80,6 +83,7 @@ class ModelConfig:
     matmuls: str = ""
     from_scratch: bool = False
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tokenizer: str = ""
     remat: str = "full"
 
     def __post_init__(self):
@@ -92,11 +96,13 @@ class ModelConfig:
                 f"model.quantization={self.quantization!r} holds weights in codes that "
                 f"model.matmuls={self.matmuls!r} cannot multiply; set one of them"
             )
-        if self.sizes and not self.from_scratch:
-            raise UserError(
-                "model.sizes is of a model that starts from random weights; set "
-                "model.from_scratch=True"
-            )
+        check_name("model.tokenizer", self.tokenizer, ("", *vocabulary.KINDS))
+        for name in ("sizes", "tokenizer"):
+            if getattr(self, name) and not self.from_scratch:
+                raise UserError(
+                    f"model.{name} is of a model that starts from random weights; set "
+                    "model.from_scratch=True"
+                )
 
     def open(self) -> ModelFiles:
         """Opens the model where it lies; see `checkpoint.source`."""
@@ -244,6 +250,28 @@ class Experiment:
         """Sequences that are judged at a time."""
         microbatch = self.train.batch_size // self.train.accumulation_steps
         return self.evaluate.batch_size or microbatch
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the run keeps the tokenizer that it has trained."""
+        return Path(self.checkpoint.directory) / "tokenizer"
+
+    def open_model(self) -> ModelFiles:
+        """Opens the model where it lies, with the run's own tokenizer if it has one.
+
+        Raises:
+          UserError: There is no such model; or no such tokenizer, as training has not
+            begun.
+        """
+        files = self.model.open()
+        if not self.model.tokenizer:
+            return files
+        if not self.tokenizer_directory.is_dir():
+            raise UserError(
+                f"{self.tokenizer_directory} is where training puts the tokenizer that "
+                f"model.tokenizer={self.model.tokenizer} asks for; run fjft train first"
+            )
+        return with_tokenizer(files, self.tokenizer_directory)
 
     def find_labels(self) -> Labels | None:
         """What whole examples are labelled with; None where they are not."""

@@ -1,6 +1,5 @@
 """Opens a model where it lies: a directory, a file, a Python package or the hub."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -121,55 +120,6 @@ class ModelFiles(ModelInfo):
     tensors: TensorSource
 
 
-class NoTensors:
-    """The weights of a model that has none yet."""
-
-    names: Collection[str] = ()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """There is no such tensor."""
-        raise KeyError(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        """There is no such tensor."""
-        raise KeyError(name)
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """There is no such tensor."""
-        del index
-        raise KeyError(name)
-
-
-def open_untrained(
-    source: str, revision: str | None, sizes: Mapping[str, int]
-) -> ModelFiles:
-    """Opens a model for its config and its tokenizer: its weights are to be made.
-
-    Args:
-      source: As in `open_model`.
-      revision: As in `open_model`.
-      sizes: Fields of the config that have another value here.
-
-    Raises:
-      UserError: Nothing there, no config, or it has no such field.
-    """
-    info = open_info(source, revision)
-    config = copy.deepcopy(info.config)
-    for name, value in sizes.items():
-        if not isinstance(getattr(config, name, None), int):
-            raise UserError(
-                f"model.sizes.{name}={value}: the config of {source} has no such whole "
-                "number; see its config.json"
-            )
-        setattr(config, name, value)
-    fields: dict[str, Any] = vars(info) | {
-        "config": config,
-        "config_dict": {**info.config_dict, **sizes},
-        "tensors": NoTensors(),
-    }
-    return ModelFiles(**fields)
-
-
 def open_model(source: str, revision: str | None = None) -> ModelFiles:
     """Opens a pretrained model; reads its config and the headers of its weights.
 
@@ -230,7 +180,7 @@ def _open_info(source: str, path: Path) -> ModelInfo:
         config=_load_config(directory),
         config_dict=config_dict,
         generation_config=_read_json(directory / "generation_config.json"),
-        load_tokenizer=lambda: _load_tokenizer(directory),
+        load_tokenizer=lambda: load_tokenizer(directory),
     )
 
 
@@ -350,14 +300,20 @@ def _load_config(directory: Path) -> "PretrainedConfig":
         ) from error
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """Loads the tokenizer of a Hugging Face directory.
+
+    Raises:
+      UserError: There is none, or transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
     # Without these files transformers builds an empty tokenizer, and says nothing.
     if not any(any(directory.glob(pattern)) for pattern in VOCABULARIES):
         raise UserError(
             f"{directory} holds no tokenizer; add the model's tokenizer.json and "
-            f"tokenizer_config.json"
+            "tokenizer_config.json, or train one: model.from_scratch=True and "
+            "model.tokenizer=bpe"
         )
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

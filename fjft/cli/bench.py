@@ -190,7 +190,7 @@ def _build(experiment: Any, mesh: Any, synthetic: bool) -> tuple[Any, Any]:
     """The run and its first state, with data of the config's or random rows."""
     from fjft.training.run import build_run
 
-    files = experiment.model.open()
+    files = experiment.open_model()
     if synthetic:
         if experiment.objective_module.EXAMPLES != "text":
             raise UserError(

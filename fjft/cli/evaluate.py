@@ -75,7 +75,6 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
     import jax
 
     from fjft import tree
-    from fjft.checkpoint.source import open_model
     from fjft.training.evaluation import Evaluation
     from fjft.training.program import make_judge
     from fjft.training.step import make_eval_step
@@ -86,7 +85,7 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
         _check_predicts(e)
         unpacked = dataclasses.replace(e.data, packing=False)
         e = dataclasses.replace(e, data=unpacked)
-    tokenizer = open_model(found.source, found.revision).load_tokenizer()
+    tokenizer = weights.load_tokenizer(found)
     held_out = _read_held_out(e, tokenizer)
     mesh = weights.make_mesh(found)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:

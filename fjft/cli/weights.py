@@ -171,6 +171,19 @@ def make_mesh(weights: Weights) -> Any:
     return sharding.make_mesh(weights.experiment.mesh)
 
 
+def load_tokenizer(weights: Weights) -> Any:
+    """Loads the model's tokenizer, before the model itself.
+
+    Raises:
+      UserError: There is none.
+    """
+    from fjft.checkpoint.source import open_model
+
+    if weights.step is not None:
+        return weights.experiment.open_model().load_tokenizer()
+    return open_model(weights.source, weights.revision).load_tokenizer()
+
+
 def load(weights: Weights, mesh: Any) -> Any:
     """Loads the model, adapters attached where it has any.
 
@@ -210,7 +223,7 @@ def _load_checkpoint(weights: Weights, mesh: Any, head: dict[str, Any]) -> Any:
     e = weights.experiment
     assert weights.step is not None
     model = pretrained.build_model(
-        e.model.open(),
+        e.open_model(),
         method=e.method,
         peft_config=e.peft,
         dtype=weights.dtype,

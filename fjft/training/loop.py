@@ -36,6 +36,7 @@ from fjft.training.run import Run, build_run
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
 from fjft.training.stopping import StopRequest
+from fjft.training.tokenizer import ensure_tokenizer
 
 # Shorter compilations are those of single operations.
 _COMPILE_WORTH_A_LINE = 0.5  # seconds
@@ -87,7 +88,9 @@ def train(config: ml_collections.ConfigDict) -> Result:
     watcher = CompileWatcher()
     screen.say(describe_devices(mesh))
 
-    files = experiment.model.open()
+    if experiment.model.tokenizer:
+        screen.say(ensure_tokenizer(experiment))
+    files = experiment.open_model()
     # What cannot be trained is said before the data is read.
     head, num_labels = experiment.objective_module.HEAD, experiment.count_labels()
     read_architecture(choose_head(files, head, num_labels))

@@ -99,7 +99,7 @@ def test_desirable_answers_are_rewarded(make_kto_config, tmp_path, capsys):
     assert last["eval_rewards/chosen"] > 0.05 > -0.05 > last["eval_rewards/rejected"]
     assert last["eval_num_answers"] == 32
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
-    assert f"{result.metrics['eval_loss']:.5g}" in capsys.readouterr().out
+    assert f"{result.metrics['eval_loss']:.6g}" in capsys.readouterr().out
 
 
 def test_margins_grow_from_nothing(make_config, tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_margins_grow_from_nothing(make_config, tmp_path, capsys):
     assert last["eval_rewards/accuracies"] > 0.9
     assert last["eval_num_pairs"] == 16
     assert main(["evaluate", f"--run={tmp_path / 'run'}"]) == 0
-    assert f"{result.metrics['eval_loss']:.5g}" in capsys.readouterr().out
+    assert f"{result.metrics['eval_loss']:.6g}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

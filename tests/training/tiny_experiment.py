@@ -181,7 +181,7 @@ def start(
 
     experiment = build_experiment(config)
     lies_on = sharding.make_mesh(sharding.Config(*mesh))
-    files = experiment.model.open()
+    files = experiment.open_model()
     rows, held_out, _ = experiment.load_examples(files.load_tokenizer())
     with jax.set_mesh(lies_on):
         run, state = build_run(experiment, lies_on, files, rows, held_out)
