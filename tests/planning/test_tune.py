@@ -38,6 +38,7 @@ def make_report(**changes: Any) -> Report:
         buffers=[],
         model_flops=1e12,
         hardware_flops=2e12,
+        wide_flops=2e12,
         memory_bytes=1e9,
         collectives={"all-gather": (3, 1e6)},
         compute_seconds=2.0,
@@ -134,7 +135,7 @@ def test_what_was_found_is_written_as_a_config(tmp_path):
     path = tmp_path / "tuned.py"
     base = "configs/llama31_8b_lora.py:smoke"
     changes = {"train.batch_size": 96, "model.remat": "dots"}
-    path.write_text(tune.write_config(str(path), base, changes, "v5e-8"))
+    path.write_text(tune.write_config(str(path), base, changes, "tuned"))
     config = fjft.load_config(str(path)).to_dict()
     assert config["train"]["batch_size"] == 96
     assert config["model"]["remat"] == "dots"
