@@ -16,7 +16,7 @@ FLOORS = {
     2: "data peft checkpoint generation evaluate",
     3: "adapters build pretrained",
     4: "training",
-    5: "planning",
+    5: "planning search",
     6: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "let a model answer prompts",
     "export": "write a run's adapter, or a whole Hugging Face model",
     "plan": "tell whether a config fits its hardware, and how fast it is at best",
+    "search": "try options of a config, and find the best",
     "bench": "time the train step of a config",
 }
 EXAMPLE = """\

@@ -91,7 +91,8 @@ def _tune(chosen: argparse.Namespace, planner: Any) -> Any:
     print("(another batch size may want another learning rate)", file=out)
     if chosen.write:
         changes = chosen.overrides | best.changes
-        text = write_config(chosen.write, chosen.config, changes, chosen.target)
+        how = f"as `fjft plan --tune` set it for {chosen.target}"
+        text = write_config(chosen.write, chosen.config, changes, how)
         Path(chosen.write).write_text(text, "utf-8")
         print(f"wrote {chosen.write}", file=out)
     return best.report

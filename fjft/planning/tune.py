@@ -155,18 +155,18 @@ def describe_advice(report: Report, tried: Tried) -> str:
     )
 
 
-def write_config(path: str, base: str, changes: Mapping[str, Any], target: str) -> str:
+def write_config(path: str, base: str, changes: Mapping[str, Any], how: str) -> str:
     """The text of a config that is another one with changes.
 
     Args:
       path: Where it will stand; named in its docstring.
       base: The other one, as `--config` takes it.
       changes: Values by dotted key.
-      target: What it was tuned for.
+      how: It came about.
     """
     values = "\n".join(f"    {key!r}: {value!r}," for key, value in changes.items())
     file, _, argument = base.partition(":")
-    return f'''"""{file} as `fjft plan --tune` set it for {target}.
+    return f'''"""{file}, {how}.
 
     fjft train --config={path}
 """

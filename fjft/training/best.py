@@ -8,6 +8,11 @@ from fjft.training.progress import Progress
 _LESS_IS_BETTER = ("loss", "perplexity", "error_rate", "mse", "mae", "rejected")
 
 
+def is_less_better(metric: str) -> bool:
+    """Whether a metric of this name is the better the less it is."""
+    return metric.endswith(_LESS_IS_BETTER)
+
+
 def compare(
     progress: Progress, metrics: Mapping[str, float], metric: str, threshold: float
 ) -> None:
@@ -25,7 +30,7 @@ def compare(
     gain = float("inf")
     if metric in progress.best_metrics:
         gain = metrics[metric] - progress.best_metrics[metric]
-        if metric.endswith(_LESS_IS_BETTER):
+        if is_less_better(metric):
             gain = -gain
     if gain > threshold:
         progress.evaluations_without_gain = 0

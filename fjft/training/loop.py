@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fjft.build import Experiment, build_experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest
-from fjft.errors import UserError
+from fjft.errors import StoppedError, UserError
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs
@@ -60,7 +60,10 @@ class Result:
     tokenizer: Any
 
 
-def train(config: ml_collections.ConfigDict) -> Result:
+def train(
+    config: ml_collections.ConfigDict,
+    watch: Callable[[int, float], None] | None = None,
+) -> Result:
     """Trains as `config` says.
 
     Writes into `checkpoint.directory`: `config.json`, `log.jsonl`, `loss.png`,
@@ -69,10 +72,13 @@ def train(config: ml_collections.ConfigDict) -> Result:
 
     Args:
       config: A config, see `load_config`.
+      watch: Takes the step and the metric that counts, after each evaluation but the
+        first; what it raises ends the run.
 
     Raises:
       UserError: The config, the data, the model or the disk will not do, or the loss
         is no longer a number.
+      StoppedError: The process was asked to stop.
     """
     distributed.start()
     experiment = build_experiment(config)
@@ -131,7 +137,15 @@ def train(config: ml_collections.ConfigDict) -> Result:
         closing.callback(writers.close)
         closing.callback(screen.stop)
         loop = Loop(
-            experiment, run, screen, writers, watcher, checkpoints, base, tokenizer
+            experiment,
+            run,
+            screen,
+            writers,
+            watcher,
+            checkpoints,
+            base,
+            tokenizer,
+            watch,
         )
         state, metrics = loop.run_all(state, progress)
         model = run.model(state)
@@ -174,6 +188,7 @@ class Loop:
         checkpoints: Checkpoints,
         base: Mapping[str, str],
         tokenizer: Any,
+        watch: Callable[[int, float], None] | None,
     ):
         self.last: dict[str, float] = {}
         self._experiment = experiment
@@ -184,6 +199,7 @@ class Loop:
         self._checkpoints = checkpoints
         self._base = base
         self._tokenizer = tokenizer
+        self._watch = watch
         peak = peak_flops(run.mesh.devices.flat[0].device_kind)
         self._meter = SpeedMeter(
             run.flops_per_token, peak and peak * run.mesh.devices.size
@@ -326,7 +342,7 @@ class Loop:
             self._save(state, progress)
         if must_stop:
             self._checkpoints.wait()
-            raise UserError(f"stopped at step {step}, which is saved; use --resume")
+            raise StoppedError(f"stopped at step {step}, which is saved; use --resume")
         if self._is_done(progress) and step < self._run.total_steps:
             self._screen.say(
                 f"stopped at step {step}: {progress.evaluations_without_gain} "
@@ -372,6 +388,8 @@ class Loop:
         numbers = (f"{name} {value:.5g}" for name, value in judged.metrics.items())
         for text in (f"step {step}: {', '.join(numbers)}", *judged.reports):
             self._screen.say(text)
+        if self._watch is not None and step:
+            self._watch(step, judged.metrics[metric])
 
     def _eval_loss(self) -> float | None:
         return self.last.get(self._run.evaluation.loss_name)
