@@ -1,9 +1,11 @@
 """Searches over a made-up run, and one over real ones by the command."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,7 +20,7 @@ from fjft.search import study as searching
 from fjft.search.picture import draw
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
-import tiny_experiment
+tiny_experiment: Any = importlib.import_module("tiny_experiment")
 
 SPACE = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
