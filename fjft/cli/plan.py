@@ -24,8 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         default="here",
-        help="v5e-8, v5p-8, v6e-4, v4-8, tpu7x-8, 2xv5e-256 (two slices), ...; "
-        "here (default) for this machine's own devices",
+        help="v5e-8, v5p-8, v6e-4, v4-8, tpu7x-8, 2xv5e-256 (two slices), ...; h100x8, "
+        "a100-80gx1, a100-40gx1, l4x1, t4x1, ...; here (default) for this machine's "
+        "own devices",
     )
     parser.add_argument(
         "--max-batch",
@@ -56,7 +57,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Plans and prints."""
     chosen = flags.parse(parser, argv)
     if chosen.target != "here":
-        # The compiler needs no TPU, and must not wait for one.
+        # The compiler needs no device, and must not wait for one.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if chosen.write and not chosen.tune:
         parser.error("--write goes with --tune")

@@ -29,7 +29,7 @@ def plan(
 
     Args:
       config: A config, see `load_config`; no weights and no data are read.
-      target: `v5e-8`, `v5p-8`, `2xv6e-64`, ..., or `here` for this process's devices.
+      target: `v5e-8`, `2xv6e-64`, `h100x8`, ..., or `here` for this process's devices.
       num_rows: Rows of the training data, if known: what an epoch is made of.
       price_per_hour: Dollars of the whole target, instead of the table's.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fjft.planning.compiling import Compiled
@@ -54,6 +54,7 @@ class Report:
       link_seconds: Its collectives.
       price_per_hour: Dollars of all devices.
       total_steps: Optimizer steps of the run; None is not known.
+      notes: What else is to be known of this hardware.
       compile_seconds: What this plan took.
       find_max_batch: Searches the largest batch that fits, by compiling.
     """
@@ -79,6 +80,7 @@ class Report:
     link_seconds: float | None
     price_per_hour: float | None
     total_steps: int | None
+    notes: list[str]
     compile_seconds: float
     find_max_batch: Callable[[], int] = dataclasses.field(repr=False, compare=False)
 
@@ -176,6 +178,7 @@ class Report:
         rows += self._time_rows()
         if "max_batch" in vars(self):
             rows.append(("largest batch", f"{self.max_batch} rows"))
+        rows += [("note", note) for note in self.notes]
         return [*rows, ("compiled in", f"{self.compile_seconds:.1f} s")]
 
     def _time_rows(self) -> list[tuple[str, str]]:
@@ -249,15 +252,31 @@ def make_report(
         wide_flops=compiled.wide_flops,
         memory_bytes=traffic and traffic.memory_bytes,
         collectives=collectives,
-        compute_seconds=_divide(compiled.wide_flops / mesh.size, target.peak_flops),
+        compute_seconds=_divide(
+            compiled.wide_flops / mesh.size, target.flops_in(program.dtype)
+        ),
         memory_seconds=traffic
         and _divide(traffic.memory_bytes, target.memory_bandwidth),
         link_seconds=traffic and _divide(arriving, target.link_bandwidth),
         price_per_hour=target.price,
         total_steps=total_steps,
+        notes=list(_notes(target, program.dtype)),
         compile_seconds=compiled.seconds,
         find_max_batch=find_max_batch,
     )
+
+
+def _notes(target: Target, dtype: str) -> Iterator[str]:
+    if target.devices[0].platform == "gpu":
+        yield (
+            "what cuDNN and the algorithms chosen on the card take to work in is not "
+            "in the peak"
+        )
+    if target.float32_flops is not None and dtype == "bfloat16":
+        yield (
+            "this card has no bfloat16 and computes it as float32, "
+            f"{target.float32_flops / 1e12:.3g} TFLOP/s at most"
+        )
 
 
 def _divide(amount: float, rate: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Hardware under the names that its users say: `v5e-8`, `2xv5e-256`, `here`."""
+"""Hardware under the names that its users say: `v5e-8`, `2xv5e-256`, `l4x1`, `here`."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import jax
 
 from fjft.distributed import has_tpu
 from fjft.errors import UserError
+from fjft.planning import gpus
 from fjft.telemetry_speed import peak_flops
 from fjft.training.fit import GIB
 
@@ -98,7 +99,6 @@ _NO_MACHINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]\w*)-(\d+)")
-_GPU = re.compile(r"(h100|h200|b200|a100-[48]0g|l4|l40s|t4|v100)x\d+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,10 @@ class Target:
 
     Attributes:
       name: As the user says it.
-      devices: JAX devices; those of a TPU need not be there.
-      memory_bytes: Of one device; None is not known.
-      peak_flops: Bfloat16 FLOP/s of one device; None is not known.
+      devices: JAX devices, which need not be there.
+      memory_bytes: What a program gets of one device; None is not known.
+      peak_flops: 16-bit FLOP/s of one device; None is not known.
+      float32_flops: Float32 FLOP/s of one device, where bfloat16 is computed as that.
       memory_bandwidth: Bytes a second of one device.
       link_bandwidth: Bytes a second that one device receives.
       price: Dollars an hour of all devices.
@@ -119,9 +120,15 @@ class Target:
     devices: list
     memory_bytes: int | None
     peak_flops: float | None = None
+    float32_flops: float | None = None
     memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
     price: float | None = None
+
+    def flops_in(self, dtype: str) -> float | None:
+        """FLOP/s of one device in a dtype, at most."""
+        emulates = self.float32_flops is not None and dtype != "float16"
+        return self.float32_flops if emulates else self.peak_flops
 
 
 def find_target(name: str) -> Target:
@@ -132,11 +139,8 @@ def find_target(name: str) -> Target:
     """
     if name == HERE:
         return _present()
-    if _GPU.fullmatch(name):
-        raise UserError(
-            f"target {name!r}: steps for GPUs are compiled on the GPU itself; run "
-            "fjft plan there with --target=here"
-        )
+    if found := gpus.parse_name(name):
+        return _of_gpus(name, *found)
     chip, chips, slices = parse_name(name)
     return Target(
         name=name,
@@ -146,6 +150,19 @@ def find_target(name: str) -> Target:
         memory_bandwidth=CHIPS[chip].memory_bandwidth,
         link_bandwidth=CHIPS[chip].link_bandwidth / CHIPS[chip].devices,
         price=CHIPS[chip].price * chips * slices,
+    )
+
+
+def _of_gpus(name: str, gpu: gpus.Gpu, cards: int) -> Target:
+    return Target(
+        name=name,
+        devices=gpus.gpu_devices(name, gpu, cards),
+        memory_bytes=gpus.granted_bytes(gpu),
+        peak_flops=peak_flops(gpu.kind),
+        float32_flops=gpu.float32_flops,
+        memory_bandwidth=gpu.memory_bandwidth,
+        link_bandwidth=gpu.link_bandwidth,
+        price=gpu.price * cards,
     )
 
 
@@ -161,7 +178,8 @@ def parse_name(name: str) -> tuple[str, int, int]:
     if found is None or found[2] not in CHIPS:
         raise UserError(
             f"target {name!r} is unknown; use {HERE}, or one of "
-            f"{', '.join(f'{chip}-N' for chip in CHIPS)} as in v5e-8, 2xv5e-256"
+            f"{', '.join(f'{chip}-N' for chip in CHIPS)} as in v5e-8, 2xv5e-256, or "
+            f"{', '.join(f'{gpu}xN' for gpu in gpus.GPUS)} as in h100x8"
         )
     chip = CHIPS[found[2]]
     chips, rest = divmod(int(found[3]), chip.cores_named)
@@ -235,12 +253,14 @@ def _present() -> Target:
     first = devices[0]
     stats = first.memory_stats() or {}
     limit = stats.get("bytes_limit")
-    known = next((c for c in CHIPS.values() if c.kind == first.device_kind), None)
+    tables = *CHIPS.values(), *gpus.GPUS.values()
+    known = next((c for c in tables if c.kind == first.device_kind), None)
     return Target(
         name=HERE,
         devices=devices,
         memory_bytes=limit or (known and known.memory_bytes),
         peak_flops=peak_flops(first.device_kind),
+        float32_flops=getattr(known, "float32_flops", None),
         memory_bandwidth=known and known.memory_bandwidth,
         link_bandwidth=known and known.link_bandwidth / known.devices,
         price=known and known.price * len(devices) / known.devices,

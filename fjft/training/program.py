@@ -58,6 +58,7 @@ class Program:
       num_trainable: Scalars that are trained.
       flops_per_token: Model FLOPs of training on one token.
       batch_size: Rows of a batch.
+      dtype: Of activations and frozen weights.
       examples: What kind of examples it holds, a key of `data.encoders.ENCODERS`.
       mesh: Where everything lies.
     """
@@ -74,6 +75,7 @@ class Program:
     num_trainable: int
     flops_per_token: float
     batch_size: int
+    dtype: str
     examples: str
     mesh: Mesh
 
@@ -118,11 +120,12 @@ def build_program(
     e = experiment
     sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
     sharding.check_length(e.data.max_length, mesh)
+    dtype = most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype
     blueprint = draw_model(
         choose_head(files, e.objective_module.HEAD, num_labels or e.count_labels()),
         method=e.method,
         peft_config=e.peft,
-        dtype=most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype,
+        dtype=dtype,
         mesh=mesh,
         quantization=e.model.quantization,
         matmuls=e.model.matmuls,
@@ -174,6 +177,7 @@ def build_program(
         num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),
         flops_per_token=flops,
         batch_size=e.train.batch_size,
+        dtype=dtype,
         examples=e.objective_module.EXAMPLES,
         mesh=mesh,
     )

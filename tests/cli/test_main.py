@@ -1,6 +1,7 @@
 """What the command line says of itself, and of errors that are not the user's."""
 
 import errno
+import os
 from typing import Any
 
 import pytest
@@ -25,6 +26,27 @@ def test_help_lists_every_command(call):
 
 def test_version(call):
     assert call(["--version"]).out == "fjft 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "taken"),
+    [
+        ("XLA_CLIENT_MEM_FRACTION", None, "0.9"),
+        ("XLA_CLIENT_MEM_FRACTION", "0.5", "0.5"),
+        # JAX refuses to be told twice.
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5", None),
+    ],
+)
+def test_more_of_a_gpu_is_taken_unless_told_otherwise(
+    call, monkeypatch, variable, given, taken
+):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(variable, given)
+    call(["plan", "--help"])
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == taken
 
 
 def test_bug_keeps_its_trace(monkeypatch):

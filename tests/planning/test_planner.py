@@ -130,6 +130,22 @@ def test_a_plan_for_eight_chips_and_what_is_refused(llama):
     assert any("does not fit" in line for line in huge.describe())
 
 
+def test_a_plan_for_gpus(llama):
+    pytest.importorskip("jax_cuda12_plugin")
+    found = planner.Planner(config(llama), "h100x2")
+    report = found.plan()
+    assert report.fits
+    assert report.buffers
+    assert report.step_seconds is not None
+    assert report.collectives["all-gather"][0] > 0
+    assert any("in the peak" in note for note in report.notes)
+    # The compiler of GPUs refuses no program, so the peak is compared.
+    huge = found.plan({"train.batch_size": 2**19})
+    assert not huge.fits
+    assert huge.limit_bytes is not None
+    assert huge.peak_bytes > huge.limit_bytes
+
+
 @pytest.mark.parametrize("limit", [1000, 1040, 1100, 5050, 777777, 123456789])
 def test_the_search_for_the_largest_batch(limit):
     """Memory in steps, not quite linear, of which the search must not depend."""

@@ -4,7 +4,8 @@ import pytest
 
 from fjft import sharding
 from fjft.errors import UserError
-from fjft.planning import targets
+from fjft.planning import gpus, targets
+from fjft.telemetry_speed import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,9 @@ def test_names(name, parsed):
         ("v9-8", r"unknown; use here, or one of .*v5e-N"),
         ("v5e", "unknown"),
         ("", "unknown"),
-        ("h100x8", "compiled on the GPU itself.*--target=here"),
+        ("h100", r"unknown.*h100xN.*as in h100x8"),
+        ("h100x16", "planned for one machine, h100x1 to h100x8"),
+        ("t4x0", "planned for one machine"),
     ],
 )
 def test_names_of_nothing(name, message):
@@ -63,10 +66,52 @@ def test_the_devices_of_this_process():
     assert here.peak_flops is None
 
 
-def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fjft\[plan\]'"):
-        targets.find_target("v5e-8")
+@pytest.mark.parametrize(
+    ("name", "extra"), [("v5e-8", "plan"), ("l4x1", "plan-gpu"), ("h100x8", "plan-gpu")]
+)
+def test_a_missing_compiler_says_how_to_get_it(monkeypatch, name, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(UserError, match=rf"pip install 'fjft\[{extra}\]'"):
+        targets.find_target(name)
+
+
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_what_is_known_of_gpus(name):
+    """The peaks stand in another table, under the name that the card has in JAX."""
+    gpu, cards = gpus.parse_name(f"{name}x2") or pytest.fail(name)
+    assert (gpu, cards) == (gpus.GPUS[name], 2)
+    assert peak_flops(gpu.kind)
+    assert gpu.block_memory <= gpu.core_memory
+    assert gpu.float32_flops is None or gpu.capability < (8, 0)
+
+
+def test_how_much_of_a_card_a_program_gets(monkeypatch):
+    for variable in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(variable, raising=False)
+    gpu = gpus.GPUS["l4"]
+    assert gpus.granted_bytes(gpu) == gpu.memory_bytes * 3 // 4
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert gpus.granted_bytes(gpu) == gpu.memory_bytes // 2
+
+
+def test_bfloat16_where_a_card_has_none():
+    target = targets.Target(
+        name="t4x1", devices=[], memory_bytes=None, peak_flops=65e12, float32_flops=8e12
+    )
+    speeds = [target.flops_in(d) for d in ("float16", "bfloat16", "float32")]
+    assert speeds == [65e12, 8e12, 8e12]
+
+
+@pytest.mark.parametrize("name", ["h100x8", "a100-80gx2", "l4x1", "t4x1"])
+def test_the_compiler_knows_the_gpus(name):
+    pytest.importorskip("jax_cuda12_plugin")
+    gpu, cards = gpus.parse_name(name) or pytest.fail(name)
+    target = targets.find_target(name)
+    assert len(target.devices) == cards
+    [capability] = {device.compute_capability for device in target.devices}
+    assert capability == "{}.{}".format(*gpu.capability)
+    assert {device.device_kind for device in target.devices} == {gpu.kind}
+    assert target.price == gpu.price * cards
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v5e-8", "v5p-8", "2xv6e-8", "tpu7x-8"])
