@@ -127,6 +127,8 @@ class TrainConfig:
       max_steps: Optimizer steps; 0 counts `num_epochs`.
       num_epochs: Passes over the data, when `max_steps` is 0.
       seed: Of the data order, new weights and dropout.
+      ema_decay: Judges and writes an exponential moving average of what is trained,
+        of which this share stays in each step, such as 0.999; 0 takes none.
       log_steps: Steps between log lines; the loss logged is of all tokens since.
       report_to: Writers besides `log.jsonl`: `tensorboard`, `wandb`, with commas.
       compilation_cache: Where compiled programs are kept for the next start; "" keeps
@@ -138,6 +140,7 @@ class TrainConfig:
     max_steps: int = 0
     num_epochs: float = 1.0
     seed: int = 0
+    ema_decay: float = 0.0
     log_steps: int = 1
     report_to: str = ""
     compilation_cache: str = "~/.cache/fjft/programs"
@@ -146,6 +149,11 @@ class TrainConfig:
         check_least("train.accumulation_steps", self.accumulation_steps, 1)
         check_least("train.max_steps", self.max_steps, 0)
         check_least("train.log_steps", self.log_steps, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(
+                f"train.ema_decay={self.ema_decay} is not in [0, 1); 0.999 averages "
+                "over about a thousand steps, 0 does not"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

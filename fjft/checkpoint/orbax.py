@@ -173,6 +173,8 @@ def restore_params(
     params: tree.Params,
     starts: tree.Params,
     base_digest: str,
+    *,
+    averaged: bool = False,
 ) -> tree.Params:
     """Reads the parameters that a checkpoint holds, without the optimizer's state.
 
@@ -182,6 +184,7 @@ def restore_params(
       params: Trained parameters of the same shapes, laid out as they shall be.
       starts: The same of what adapters started from; may be empty.
       base_digest: Digest of the parameters that the run did not train.
+      averaged: Whether to read their averages over the steps.
 
     Raises:
       UserError: There is no such checkpoint, or it is of another model.
@@ -201,7 +204,8 @@ def restore_params(
             f"{saved['source']} with digest {saved['digest']}, this base has digest "
             f"{base_digest}; name the same model"
         )
-    groups = {"params": params} | ({"starts": starts} if starts else {})
+    trained = "average" if averaged else "params"
+    groups = {trained: params} | ({"starts": starts} if starts else {})
     wanted = {
         group: {
             path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
@@ -223,7 +227,7 @@ def restore_params(
             f"checkpoint {step} of {directory} does not fit this config's model and "
             f"method ({first}); name the config that it was trained with"
         ) from error
-    return restored["params"] | restored.get("starts", {})
+    return restored[trained] | restored.get("starts", {})
 
 
 def _write_error(directory: Path, error: Exception) -> Exception:

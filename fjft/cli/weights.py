@@ -236,6 +236,13 @@ def _load_checkpoint(weights: Weights, mesh: Any, head: dict[str, Any]) -> Any:
     trained, frozen = tree.partition(tree.split(model)[1], trainable)
     starts, base = tree.partition(frozen, is_start)
     directory = e.checkpoint.directory
-    restored = restore_params(directory, weights.step, trained, starts, digest(base))
+    restored = restore_params(
+        directory,
+        weights.step,
+        trained,
+        starts,
+        digest(base),
+        averaged=e.train.ema_decay > 0,
+    )
     tree.update(model, restored)
     return model

@@ -33,6 +33,7 @@ from fjft.training.fit import check_fits
 from fjft.training.progress import Progress
 from fjft.training.resume import as_saved, refuse_second_run, restore_state, resume
 from fjft.training.run import Run, build_run
+from fjft.training.spikes import find_usual
 from fjft.training.state import TrainState
 from fjft.training.step import StepMetrics
 from fjft.training.stopping import StopRequest
@@ -281,6 +282,7 @@ class Loop:
             self._checkpoints.wait()
             saved = self._checkpoints.latest
             raise UserError(explain_bad_step(self._run, step, metrics, saved))
+        self._warn_of_spike(step, metrics, progress)
         progress.add(metrics)
         self._meter.add(int(metrics.num_tokens))
         self._lost_seconds += self._say_compiled()
@@ -301,8 +303,25 @@ class Loop:
         }
         if speed.mfu is not None:
             row["mfu"] = speed.mfu
+        if progress.gradient_noise_scale is not None:
+            row["gradient_noise_scale"] = progress.gradient_noise_scale
         self._log(step, row)
         self._screen.update(step, row["loss"], speed.tokens_per_second)
+
+    def _warn_of_spike(
+        self, step: int, metrics: StepMetrics, progress: Progress
+    ) -> None:
+        loss = float(metrics.loss_sum) / float(metrics.weight_sum)
+        usual = find_usual(progress.recent_losses, loss)
+        if usual is None:
+            return
+        rows = self._run.loader.choose_rows(step - 1).tolist()
+        self._screen.warn(
+            f"step {step}: loss {loss:.4g} is far above the recent {usual:.4g}; if "
+            f"this goes on, look at its rows ({', '.join(map(str, rows))})"
+        )
+        spike = {"loss_spike": loss, "usual_loss": usual, "rows": rows}
+        self._writers.write(step, spike)
 
     def _say_compiled(self) -> float:
         """Reports what was compiled since the last call; returns its seconds."""

@@ -147,7 +147,15 @@ def build_program(
     rule = None
     if hasattr(e.method, "step_rule"):
         rule = e.method.step_rule(blueprint.model, blueprint.sites, e.peft, total_steps)
-    state = abstract_state(trainable, optimizer, rule, on_host=e.optimizer.offload)
+    averages = e.train.ema_decay > 0
+    if averages and rule is not None:
+        raise UserError(
+            "train.ema_decay averages parameters that this method prunes, and an "
+            "average of what was pruned would come back; use train.ema_decay=0"
+        )
+    state = abstract_state(
+        trainable, optimizer, rule, on_host=e.optimizer.offload, averages=averages
+    )
     flops = 6 * _multiplied(trainable, blueprint) + 4 * _multiplied(frozen, blueprint)
     graphdef = blueprint.graphdef
     if has_teacher(e):
@@ -163,6 +171,7 @@ def build_program(
         max_grad_norm=e.optimizer.max_grad_norm,
         rule=rule,
         stacks_on_host=stack_axes if e.optimizer.offload else None,
+        ema_decay=e.train.ema_decay,
     )
     return Program(
         blueprint=blueprint,

@@ -2,7 +2,11 @@
 
 import dataclasses
 
+from fjft.training import spikes
 from fjft.training.step import StepMetrics
+
+# Share of a step in the moving averages of noise.
+_NEW = 0.05
 
 
 @dataclasses.dataclass
@@ -22,6 +26,9 @@ class Progress:
       weight_sum: Trained tokens, or labels.
       correct_sum: Of them, predicted right.
       grad_norm: The last step's.
+      noise_variance: A moving average of `noise.Noise.variance`; so the next.
+      noise_square: Of `noise.Noise.square`.
+      recent_losses: The last steps' losses.
     """
 
     step: int = 0
@@ -36,6 +43,9 @@ class Progress:
     weight_sum: float = 0.0
     correct_sum: float = 0.0
     grad_norm: float = 0.0
+    noise_variance: float = 0.0
+    noise_square: float = 0.0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
 
     def add(self, metrics: StepMetrics) -> None:
         """Counts one more step."""
@@ -45,6 +55,21 @@ class Progress:
         self.weight_sum += float(metrics.weight_sum)
         self.correct_sum += float(metrics.correct_sum)
         self.grad_norm = float(metrics.grad_norm)
+        self.recent_losses.append(float(metrics.loss_sum) / float(metrics.weight_sum))
+        del self.recent_losses[: -spikes.MOST]
+        if metrics.noise is not None:
+            variance, square = map(float, metrics.noise)
+            # Their quotient is the same as if both had been divided by what is missing
+            # of 1 at the start.
+            self.noise_variance += _NEW * (variance - self.noise_variance)
+            self.noise_square += _NEW * (square - self.noise_square)
+
+    @property
+    def gradient_noise_scale(self) -> float | None:
+        """Rows above which batches gain little; None where it cannot be told yet."""
+        if self.noise_square <= 0:
+            return None
+        return self.noise_variance / self.noise_square
 
     def take_window(self) -> tuple[float, float, float]:
         """The sums since the last call: loss, weight, correct."""

@@ -32,6 +32,8 @@ def refuse_second_run(experiment: Experiment) -> None:
 def as_saved(run: Run, state: TrainState) -> dict[str, Any]:
     """The state, and what adapters started from, as dictionaries, which Orbax knows."""
     saved = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if not state.average:
+        del saved["average"]
     starts, _ = tree.partition(run.frozen, is_start)
     return saved | ({"starts": starts} if starts else {})
 

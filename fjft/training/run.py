@@ -56,12 +56,12 @@ class Run(Program):
           state: Where training stands.
           tokenizer: The model's, where it is judged by what it writes.
         """
-        step = functools.partial(self.eval_step, state.params, self.frozen)
+        step = functools.partial(self.eval_step, state.result, self.frozen)
         return self.evaluation.judge(step, self.model(state), tokenizer)
 
     def model(self, state: TrainState) -> Any:
         """The model as it is now."""
-        return tree.merge(self.graphdef, self.own_frozen, state.params)
+        return tree.merge(self.graphdef, self.own_frozen, state.result)
 
     @property
     def own_frozen(self) -> tree.Params:
@@ -147,4 +147,5 @@ def build_run(
         e.train.seed,
         program.rule,
         on_host=e.optimizer.offload,
+        averages=e.train.ema_decay > 0,
     )

@@ -24,6 +24,7 @@ class TrainState:
       opt_state: The optimizer's moments, as optax keeps them.
       rng: Uint32 key data, from which each step derives its own key.
       rule: What the method's own rule keeps from step to step; of most, nothing.
+      average: Averages of `params` over the steps; empty where none are kept.
     """
 
     step: jax.Array
@@ -31,6 +32,12 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     rule: Any
+    average: tree.Params = dataclasses.field(default_factory=dict)
+
+    @property
+    def result(self) -> tree.Params:
+        """The parameters that are judged and written."""
+        return self.average or self.params
 
 
 def init_state(
@@ -40,6 +47,7 @@ def init_state(
     rule: StepRule | None = None,
     *,
     on_host: bool = False,
+    averages: bool = False,
 ) -> TrainState:
     """The state before the first step, lying as `abstract_state` says."""
     shapes = {
@@ -55,6 +63,7 @@ def init_state(
         opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
         rng=jax.device_put(key, shardings.rng),
         rule=jax.jit(rule.init, out_shardings=shardings.rule)(params) if rule else {},
+        average=jax.tree.map(jnp.copy, params) if averages else {},
     )
 
 
@@ -64,6 +73,7 @@ def abstract_state(
     rule: StepRule | None = None,
     *,
     on_host: bool = False,
+    averages: bool = False,
 ) -> TrainState:
     """Shape, dtype and sharding of each array of a state.
 
@@ -72,6 +82,7 @@ def abstract_state(
       optimizer: Whose moments these are.
       rule: What the method adds to the step, or None.
       on_host: Keeps moments in the hosts' memory between steps.
+      averages: Keeps averages of the parameters.
     """
     sharding = next(iter(params.values())).sharding
     assert isinstance(sharding, NamedSharding)
@@ -83,6 +94,7 @@ def abstract_state(
         "opt_state": _lay_out(optimizer.init, params, everywhere, on_host),
         "rng": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
         "rule": _lay_out(rule.init, params, everywhere, False) if rule else {},
+        "average": dict(params) if averages else {},
     }
     return TrainState(**shapes)
 

@@ -14,6 +14,7 @@ from fjft.optimize.optimizer import clip_by_global_norm
 from fjft.optimize.updating import update_each
 from fjft.peft.rule import StepRule
 from fjft.sharding import constrain
+from fjft.training.noise import Noise, estimate, measure
 from fjft.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -34,6 +35,7 @@ class StepMetrics(NamedTuple):
       grad_norm: Global norm of the mean loss's gradient, before clipping.
       is_finite: Whether loss, gradient and update were. Without a finite loss or
         gradient nothing was updated, and never a parameter by what is not finite.
+      noise: What microbatches tell of the gradient's noise; None without any.
     """
 
     loss_sum: jax.Array
@@ -42,6 +44,7 @@ class StepMetrics(NamedTuple):
     num_tokens: jax.Array
     grad_norm: jax.Array
     is_finite: jax.Array
+    noise: Noise | None = None
 
 
 def make_train_step(
@@ -53,6 +56,7 @@ def make_train_step(
     max_grad_norm: float,
     rule: StepRule | None = None,
     stacks_on_host: Mapping[str, int] | None = None,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, StepMetrics]]:
     """Makes the step `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
@@ -68,6 +72,8 @@ def make_train_step(
       max_grad_norm: Gradients are scaled down to this global norm; 0 leaves them.
       rule: What the method adds; most add nothing.
       stacks_on_host: See `update_each`.
+      ema_decay: Share of the averaged parameters that stays in each step; 0 averages
+        none.
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, rng: _with_sums(
@@ -81,14 +87,21 @@ def make_train_step(
     ) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
-        def microstep(number: jax.Array, microbatch: Batch) -> tuple[Any, tree.Params]:
+        def microstep(number: jax.Array, microbatch: Batch) -> tuple[Any, ...]:
             key = jax.random.fold_in(rng, number)
             (_, sums), grads = gradient(state.params, frozen, microbatch, key)
-            return sums, grads
+            if accumulation_steps == 1:
+                return sums, grads, None
+            return sums, grads, measure(grads, sums.weight)
 
-        sums, grads = _sum_over(microstep, batch, accumulation_steps)
+        sums, grads, spread = _sum_over(microstep, batch, accumulation_steps)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
+        is_token = batch["segment_ids"] != 0
+        noisy = None
+        if spread is not None:
+            num_rows = jnp.sum(jnp.any(is_token, axis=1), dtype=jnp.float32)
+            noisy = estimate(spread, grads, weight, num_rows)
         if rule is not None:
             penalty = jax.grad(rule.penalty)(state.params)
             grads = jax.tree.map(jnp.add, grads, penalty)
@@ -116,14 +129,31 @@ def make_train_step(
             loss_sum=sums.loss,
             weight_sum=sums.weight,
             correct_sum=sums.correct,
-            num_tokens=jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
+            num_tokens=jnp.sum(is_token, dtype=jnp.float32),
             grad_norm=grad_norm,
             is_finite=is_finite,
+            noise=noisy,
         )
-        new = TrainState(state.step + 1, params, opt_state, state.rng, rule_state)
+        new = TrainState(
+            state.step + 1,
+            params,
+            opt_state,
+            state.rng,
+            rule_state,
+            _average(state, params, ema_decay),
+        )
         return new, metrics
 
     return train_step
+
+
+def _average(state: TrainState, params: tree.Params, decay: float) -> tree.Params:
+    """The averaged parameters after a step; as in torch the first step's begin them."""
+    kept = jnp.where(state.step == 0, 0.0, decay)
+    return {
+        path: params[path] + kept * (average - params[path])
+        for path, average in state.average.items()
+    }
 
 
 def _with_sums(sums: Any) -> tuple[jax.Array, Any]:
