@@ -99,8 +99,13 @@ TASKS = {
             "lora, nf4": LORA | {"model.quantization": "nf4"},
             "adalora": ADALORA | {"optimizer.learning_rate": 5e-3},
             "select": {
-                "peft.parameters": r".*self\.value\.weight",
+                "peft.parameters": r".*self\.value\.weight|classifier\..*",
                 "optimizer.learning_rate": 3e-4,
+            },
+            "head alone": {
+                "peft.method": "select",
+                "peft.parameters": r"classifier\..*",
+                "optimizer.learning_rate": 1e-2,
             },
             "prompt": {"optimizer.learning_rate": 1e-2},
             "vera": {"optimizer.learning_rate": 2e-2},

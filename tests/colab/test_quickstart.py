@@ -6,7 +6,6 @@ import subprocess
 import venv
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
 
@@ -14,26 +13,16 @@ NOTEBOOK = Path(__file__).parents[2] / "colab" / "quickstart.ipynb"
 
 
 @pytest.mark.slow
-def test_notebook_runs_whole(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    (parameters,) = [
-        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
-    ]
-    parameters.source += f"""
-overrides |= {{
-    "train.max_steps": 2,
-    "train.batch_size": 1,
-    "data.max_length": 64,
-    "data.eval_size": 4,
-    "evaluate.prompt": "",
-    "checkpoint.directory": {str(tmp_path / "run")!r},
-}}"""
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    )
-    client.execute()
-
+def test_notebook_runs_whole(run_notebook, tmp_path):
+    more = {
+        "train.max_steps": 2,
+        "train.batch_size": 1,
+        "data.max_length": 64,
+        "data.eval_size": 4,
+        "evaluate.prompt": "",
+        "checkpoint.directory": str(tmp_path / "run"),
+    }
+    notebook = run_notebook(NOTEBOOK, f"overrides |= {more!r}")
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert any("image/png" in o.get("data", {}) for o in outputs), "the loss curve"
     answer = outputs[-1]["data"]["text/plain"]
