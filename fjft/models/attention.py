@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
+from fjft.models.cudnn import cudnn_attention, has_kernel
 from fjft.models.mask import Mask
 from fjft.models.splash import splash_attention
 
@@ -27,8 +28,9 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
-    TPUs have a kernel for tokens that see their own rows, without biases or dropout;
-    everything else is written out below, for the compiler. Scores exist for one call
+    TPUs have a kernel for tokens that see their own rows, without biases or dropout,
+    and so have NVIDIA's GPUs since Ampere, in 16 bits and without soft caps; everything
+    else is written out below, for the compiler. Scores exist for one call
     only: the backward pass works them out again. Query head n reads key head
     n // (N / K), and keys are never repeated in memory. What a query that is padding
     gets is nobody's business: it has no meaning, and no gradient must come of it.
@@ -42,20 +44,24 @@ def attention(
       rng: Turns that on.
     """
     drops = dropout > 0 and rng is not None
-    if _is_tpu() and mask.keys is None and bias_BNTS is None and not drops:
+    platform, kind = _device()
+    is_plain = mask.keys is None and bias_BNTS is None and not drops
+    if is_plain and platform == "tpu":
         return splash_attention(
             q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, name=ATTENTION
         )
+    if is_plain and softcap is None and has_kernel(kind, q_BTNH):
+        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
     if drops:
         arguments = q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap
         return _attention_with_dropout(*arguments, dropout, rng)
     return _attention(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap)
 
 
-def _is_tpu() -> bool:
-    """Whether what is traced will run on TPUs, which need not be this machine's."""
+def _device() -> tuple[str, str]:
+    """Platform and kind of what will run this, which need not be this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
+    return ("", "") if device is None else (device.platform, device.device_kind)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

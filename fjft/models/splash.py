@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fjft.models.mask import Mask
-from fjft.sharding import sequence_shards, spec
+from fjft.models.spread import spread
 
 LANES = 128  # the least block, and what blocks are multiples of
 BLOCK_SIZES = (512, 384, 256, LANES)  # of queries and of keys, the best one first
@@ -29,12 +29,6 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of tokens to those of their own rows, which never holds the scores.
 
-    Rows are cut over the mesh's batch axes, queries over its `sequence` axis and heads
-    over `tensor`, as activations lie anyway; keys are gathered over `sequence`. Where
-    there are fewer kv-heads than devices in `tensor`, each device gets the one that its
-    query heads read; where heads do not divide at all, the devices of `tensor` do the
-    same work.
-
     Blocks of keys that causality or the window hides from a whole block of queries are
     never read (https://docs.jax.dev/en/latest/pallas/tpu; Dao 2023).
 
@@ -49,48 +43,38 @@ def splash_attention(
       interpret: Runs the kernel's program on any backend, slowly.
     """
     T, num_heads = q_BTNH.shape[1:3]
-    num_kv_heads = k_BTKH.shape[2]
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    if num_heads % tensor == 0 and tensor % num_kv_heads == 0:
-        repeats = tensor // num_kv_heads
-        k_BTKH, v_BTKH = (jnp.repeat(x, repeats, axis=2) for x in (k_BTKH, v_BTKH))
-        num_kv_heads = tensor
-    divides = num_heads % tensor == 0 and num_kv_heads % tensor == 0
-    stretches = sequence_shards(T)
-    missing = -T % (LANES * stretches)
+    parts = spread(num_heads, k_BTKH.shape[2], T)
+    k_BTKH, v_BTKH = (jnp.repeat(x, parts.repeats, axis=2) for x in (k_BTKH, v_BTKH))
+    missing = -T % (LANES * parts.stretches)
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
         for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTKH, v_BTKH)
     )
     segments = jnp.pad(mask.queries.segments, ((0, 0), (0, missing)))
-    heads = [_make_mask(T + missing, mask.window, mask.causal)] * (
-        num_heads // tensor if divides else num_heads
-    )
+    heads = [_make_mask(T + missing, mask.window, mask.causal)] * parts.heads
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask(heads),
-        block_sizes=_block_sizes((T + missing) // stretches),
+        block_sizes=_block_sizes((T + missing) // parts.stretches),
         head_shards=1,
-        q_seq_shards=stretches,
+        q_seq_shards=parts.stretches,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=name,
         interpret=interpret,
     )
     arguments = kernel, q, k, v, segments, segments
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _attend_rows(*arguments)[:, :T]
-    [rows] = spec(("batch",))
-    along = "sequence" if stretches > 1 else None
-    over = "tensor" if divides else None
-    queries, keys = P(rows, along, over), P(rows, None, over)
     out = jax.shard_map(
         _attend_rows,
         in_specs=(
-            kernel.manual_sharding_spec(NamedSharding(mesh, P(None, along))),
-            *(queries, keys, keys),
-            *(P(rows, along), P(rows)),
+            kernel.manual_sharding_spec(
+                NamedSharding(mesh, P(None, parts.query_tokens[1]))
+            ),
+            *(parts.queries, parts.keys, parts.keys),
+            *(parts.query_tokens, parts.key_tokens),
         ),
-        out_specs=queries,
+        out_specs=parts.queries,
         check_vma=False,
     )(*arguments)
     return out[:, :T]

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fjft.models.attention import ATTENTION
+from fjft.models.cudnn import is_kernel
 from fjft.models.layers import Maker, Shared
 
 HIDDEN_STATES = "hidden_states"  # what remat policies call the input of a layer
@@ -127,6 +128,9 @@ def _remat(policy: Callable | None) -> Callable[[Callable], Callable]:
 
 
 _POLICIES = jax.checkpoint_policies
+_KEEPS_ATTENTION = _POLICIES.save_from_both_policies(
+    _POLICIES.save_only_these_names(ATTENTION), is_kernel
+)
 
 # What the backward pass has kept of a layer; it works the rest out again.
 REMAT_POLICIES: dict[str, Callable[[Callable], Callable]] = {
@@ -135,12 +139,10 @@ REMAT_POLICIES: dict[str, Callable[[Callable], Callable]] = {
     # What the layer read.
     "full": _remat(None),
     # That, and what attention gave, which costs the most to work out again.
-    "attention": _remat(_POLICIES.save_only_these_names(ATTENTION)),
+    "attention": _remat(_KEEPS_ATTENTION),
     # That, and what matrix products gave.
     "dots": _remat(
-        _POLICIES.save_from_both_policies(
-            _POLICIES.dots_saveable, _POLICIES.save_only_these_names(ATTENTION)
-        )
+        _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _KEEPS_ATTENTION)
     ),
     # What the layer read, in the memory of the host.
     "offload": _remat(

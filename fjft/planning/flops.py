@@ -7,13 +7,20 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+# Matrix products of queries and keys in cuDNN's kernels.
+_CUDNN_PRODUCTS = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
+
 
 def count_flops(jaxpr: Any, rates: Mapping[str, float] | None = None) -> float:
     """FLOPs of all matrix products, over all devices; a multiply-add is two.
 
     A scan counts as often as it turns, a kernel as its author says or else as often
-    as its grid has cells, and a conditional as its dearest branch. What is not a matrix
-    product does not count: it is a percent or two, and runs on other units.
+    as its grid has cells, cuDNN's attention over whole rows, and a conditional as its
+    dearest branch. What is not a matrix product does not count: it is a percent or two,
+    and runs on other units.
 
     Args:
       jaxpr: From `jax.jit(...).trace(...)` or `jax.make_jaxpr`.
@@ -34,6 +41,9 @@ def _count(eqn: Any, rates: Mapping[str, float]) -> float:
         layout = params["dimension_numbers"].rhs_spec
         per_output = math.prod(kernel) / kernel[layout[0]]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * per_output
+    if name in _CUDNN_PRODUCTS:
+        (B, T, N, H), (_, S, *_) = (x.aval.shape for x in eqn.invars[:2])
+        return _CUDNN_PRODUCTS[name] * 2.0 * B * T * S * N * H
     if name == "pallas_call":
         if params.get("cost_estimate") is not None:
             return float(params["cost_estimate"].flops)

@@ -21,8 +21,9 @@ METHODS = {
     "collectives": "what each collective of the compiled step brings to a device",
     "step": "roofline: the longest of FLOPs (in 8 bits where the step has them and the "
     "hardware is faster so), memory and interconnect, each at its "
-    "published peak and all at once; no step is faster, most take longer; copies from "
-    "and to the host's memory are not in it",
+    "published peak and all at once; no step is faster, unless its attention skips "
+    "keys that causality hides, and most take longer; copies from and to the host's "
+    "memory are not in it",
     "price": "the price given, or about what it cost on demand in 2025: check it",
     "time": "steps times the roofline's step; no evaluation, saving or compiling",
 }

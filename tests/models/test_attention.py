@@ -11,10 +11,11 @@ import jaxprs
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import Primitive
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from fjft import sharding
-from fjft.models import splash
+from fjft.models import cudnn, splash, stack
 from fjft.models.attention import attention
 from fjft.models.mask import Mask, Places
 
@@ -117,12 +118,22 @@ def _by_jax(case, attend):
     return [np.asarray(x) for x in (value, *grads)]
 
 
-@pytest.mark.parametrize("way", ["xla", "splash"])
+WAYS = {
+    "xla": attention,
+    "splash": functools.partial(splash.splash_attention, interpret=True),
+    # The same function of the same arguments as by cuDNN, on any backend.
+    "cudnn": lambda *arguments, softcap, **options: cudnn.cudnn_attention(
+        *arguments, **options, implementation="xla"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_way_equals_torch(case, way):
-    attend = attention
-    if way == "splash":
-        attend = functools.partial(splash.splash_attention, interpret=True)
+    if way == "cudnn" and case.softcap is not None:
+        pytest.skip("cuDNN has no soft caps")
+    attend = WAYS[way]
     if case.mesh is None:
         ours = _by_jax(case, attend)
     else:
@@ -161,3 +172,97 @@ def test_what_the_kernel_does_not_know_is_left_to_the_compiler(option):
     if option == "dropout":
         options = {"dropout": 0.5, "rng": jax.random.key(0)}
     assert any(s[-2:] == (T, T) for s in _shapes_on("tpu", **options)[0])
+
+
+def _queries(T=200, H=16, dtype=jnp.bfloat16):
+    return jnp.zeros((2, T, 4, H), dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "has"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA A100-SXM4-40GB", True),
+        ("NVIDIA L4", True),
+        ("NVIDIA GeForce RTX 3090", True),
+        # Before Ampere.
+        ("Tesla T4", False),
+        ("Tesla V100-SXM2-16GB", False),
+        ("NVIDIA TITAN RTX", False),
+        ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("NVIDIA GeForce GTX 1080", False),
+        ("AMD Instinct MI300X", False),
+        ("TPU v5 lite", False),
+        ("cpu", False),
+        ("", False),
+    ],
+)
+def test_cards_that_cudnn_has_a_kernel_for(kind, has):
+    assert cudnn.has_kernel(kind, _queries()) is has
+
+
+@pytest.mark.parametrize(
+    ("shape", "has"),
+    [
+        ({"dtype": jnp.float16}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"T": 201}, False),
+        ({"H": 128}, True),
+        ({"H": 256}, False),
+        ({"H": 60}, False),
+    ],
+)
+def test_queries_that_cudnn_has_a_kernel_for(shape, has):
+    assert cudnn.has_kernel("NVIDIA L4", _queries(**shape)) is has
+
+
+@pytest.mark.parametrize(
+    ("options", "takes"),
+    [
+        ({}, True),
+        ({"softcap": 2.0}, False),
+        ({"bias_BNTS": jnp.zeros((1, 4, 200, 200))}, False),
+        ({"dropout": 0.5, "rng": jax.random.key(0)}, False),
+        ({"keys": True}, False),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
+)
+def test_a_mesh_of_gpus_takes_cudnns_kernel_where_it_may(monkeypatch, options, takes):
+    taken = []
+
+    def note(q, *arguments, **options):
+        taken.append(options)
+        return q
+
+    monkeypatch.setattr("fjft.models.attention.cudnn_attention", note)
+    places = Places(*map(jnp.asarray, _rows(2, 200)))
+    keys = places if options.pop("keys", False) else None
+    device = AbstractDevice(device_kind="NVIDIA L4", num_cores=1, platform="gpu")
+    mesh = AbstractMesh((1,) * 5, sharding.AXES, abstract_device=device)
+    q = _queries()
+    with jax.sharding.use_abstract_mesh(mesh):
+        mask = Mask(places, keys, causal=True)
+        jax.eval_shape(lambda q: attention(q, q, q, mask, scale=0.5, **options), q)
+    assert taken == [{"scale": 0.5}] * takes
+
+
+def test_remat_that_keeps_attention_keeps_what_the_kernel_gives():
+    """A stand-in of its name, since cuDNN is only there on machines with GPUs."""
+    kernel = Primitive("dot_product_attention_fwd_wrapper")
+    kernel.def_abstract_eval(lambda x: x)
+    kept = {name: stack.REMAT_POLICIES[name] for name in ("full", "attention", "dots")}
+
+    def count(remat):
+        @jax.custom_vjp
+        def attend(x):
+            return kernel.bind(x)
+
+        attend.defvjp(lambda x: (kernel.bind(x),) * 2, lambda out, grad: (out * grad,))
+        step = jax.grad(lambda x: jnp.sum(remat(attend)(jnp.sin(x))))
+        return str(jax.make_jaxpr(step)(jnp.ones(3))).count(kernel.name)
+
+    assert {name: count(remat) for name, remat in kept.items()} == {
+        "full": 2,
+        "attention": 1,
+        "dots": 1,
+    }

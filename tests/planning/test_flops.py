@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 
 from fjft.models.narrow import narrow_product
 from fjft.planning.flops import count_flops
@@ -27,6 +28,15 @@ def test_products_in_8_bits_count_by_their_rate():
         return count_flops(jaxpr, {"int8": 2.0})
 
     assert (both("int8"), both("fp8")) == (1.5 * ONE, 2 * ONE)
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("bwd", 5)])
+def test_cudnns_kernels_count_over_whole_rows(name, products):
+    """Stand-ins, since the kernels are only there on machines that have cuDNN."""
+    kernel = Primitive(f"dot_product_attention_{name}_wrapper")
+    kernel.def_abstract_eval(lambda q, k, v: q)
+    q, k = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 5, 1, 8))
+    assert flops(kernel.bind, q, k, k) == products * 2 * 2 * 6 * 5 * 4 * 8
 
 
 def chain(x, w):
