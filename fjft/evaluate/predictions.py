@@ -47,5 +47,6 @@ class Writer:
         Raises:
           OSError: No space is left.
         """
-        line = self._start | {"row": int(self._row_numbers[number])} | told
+        row = int(self._row_numbers[number])
+        line = {**self._start, "row": row, **told}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")

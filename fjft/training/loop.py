@@ -13,15 +13,12 @@ import ml_collections
 
 from fjft import distributed, sharding, tree
 from fjft.build import Experiment, build_experiment
-from fjft.checkpoint.adapter import save_adapter
-from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import Checkpoints, digest
 from fjft.errors import StoppedError, UserError
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs
-from fjft.telemetry import LOG_NAME, Screen, Writers, make_writers
-from fjft.telemetry_plot import draw_curve
+from fjft.telemetry import Screen, Writers
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops
 from fjft.training.best import compare
 from fjft.training.describe import (
@@ -29,6 +26,7 @@ from fjft.training.describe import (
     describe_model,
     explain_bad_step,
 )
+from fjft.training.files import open_log, write_results
 from fjft.training.fit import check_fits
 from fjft.training.progress import Progress
 from fjft.training.resume import as_saved, refuse_second_run, restore_state, resume
@@ -134,7 +132,7 @@ def train(
         if experiment.checkpoint.resume and checkpoints.latest is not None:
             run, state, progress = resume(checkpoints, run, base)
             screen.say(f"resumed at step {progress.step}")
-        writers = _open_log(config, experiment, progress)
+        writers = open_log(config, experiment, progress)
         closing.callback(writers.close)
         closing.callback(screen.stop)
         loop = Loop(
@@ -150,26 +148,8 @@ def train(
         )
         state, metrics = loop.run_all(state, progress)
         model = run.model(state)
-        _write_results(experiment, model, directory, screen)
+        screen.say(write_results(experiment, model))
     return Result(metrics, directory, model, tokenizer)
-
-
-def _open_log(
-    config: ml_collections.ConfigDict, experiment: Experiment, progress: Progress
-) -> Writers:
-    """Writes the resolved config, and opens the log where the run stands."""
-    directory = Path(experiment.checkpoint.directory)
-    is_main_process = distributed.is_first()
-    if is_main_process:
-        text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
-        (directory / "config.json").write_text(text + "\n", "utf-8")
-    return make_writers(
-        directory,
-        experiment.train.report_to,
-        resume_step=progress.step if progress.step else None,
-        config=config.to_dict(),
-        is_main_process=is_main_process,
-    )
 
 
 class Loop:
@@ -436,18 +416,3 @@ class Loop:
 
 def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _write_results(
-    experiment: Experiment, model: Any, directory: Path, screen: Screen
-) -> None:
-    """The curve, and the adapter or the weights."""
-    if distributed.is_first():
-        draw_curve(directory / LOG_NAME, directory / "loss.png")
-    if experiment.method.PEFT_TYPE is None:
-        out = directory / "model"
-        save_model(model, out, jax.numpy.dtype(model.compute_dtype))
-    else:
-        out = directory / "adapter"
-        save_adapter(model, out)
-    screen.say(f"wrote {out} and {directory / 'loss.png'}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from test_resume import interrupt_at, rows_of
 from tiny_experiment import make_config
 
 import fjft
+from fjft.build import build_experiment, override
 from fjft.checkpoint.orbax import saved_steps
+from fjft.cli import evaluate, weights
 from fjft.training.best import compare
 from fjft.training.loop import train
 from fjft.training.progress import Progress
@@ -42,7 +45,7 @@ def test_evaluations_are_compared_as_transformers_compares_them(name, threshold)
         greater_is_better=name == "accuracy",
         save_strategy=transformers.trainer_utils.SaveStrategy.BEST,
     )
-    trainer = types.SimpleNamespace(args=options, state=state)
+    trainer: Any = types.SimpleNamespace(args=options, state=state)
     progress = Progress()
     for step, value in enumerate(random.normal(size=40).cumsum() / 20, 1):
         control = transformers.TrainerControl()
@@ -75,9 +78,8 @@ def sets(tmp_path_factory) -> dict[str, str]:
 
 def configure(llama, directory, sets, **overrides):
     config = make_config(llama, directory, **VALUES, **overrides)
-    config.data.train = sets["seen"]
-    with config.data.unlocked():
-        config.data.eval = sets
+    held_out = {f"data.eval.{name}": path for name, path in sets.items()}
+    override(config, {"data.train": sets["seen"]} | held_out)
     return config
 
 
@@ -100,9 +102,6 @@ def test_the_best_step_is_the_result_also_after_a_restart(
     assert whole.metrics["eval_loss_before"] == judged[0]["eval_other_loss"]
 
     # What was written is that step's.
-    from fjft.build import build_experiment
-    from fjft.cli import evaluate, weights
-
     config = configure(llama, tmp_path / "whole", sets)
     found = weights.Weights(
         source=llama,

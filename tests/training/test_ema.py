@@ -49,18 +49,16 @@ def test_the_average_is_judged_written_and_resumed(llama, tmp_path, monkeypatch)
     whole = train(make_config(llama, tmp_path / "whole", **VALUES))
     judged = rows_of(tmp_path / "whole")
     # The parameters that were averaged are in the checkpoint too.
-    for decay, found in (
-        (DECAY, {"adapter": tmp_path / "whole" / "adapter"}),
-        (DECAY, {"step": 6}),
-        (0.0, {"step": 6}),
-    ):
+    adapter = tmp_path / "whole" / "adapter"
+    for decay, step in ((DECAY, None), (DECAY, 6), (0.0, 6)):
         options = VALUES | {"train__ema_decay": decay}
         config = make_config(llama, tmp_path / "whole", **options)
         chosen = weights.Weights(
             source=llama,
             dtype="float32",
             experiment=build_experiment(config),
-            **found,
+            adapter=None if step else adapter,
+            step=step,
         )
         again = evaluate.evaluate(chosen).metrics["eval_loss"]
         is_same = again == pytest.approx(whole.metrics["eval_loss"], rel=1e-5)
