@@ -24,8 +24,8 @@ PAIRS = [
 def _judge(pairs, names=()):
     tally = sequences.Tally(make_metrics(names))
     for said, right in pairs:
-        tokens = (list(map(ord, text)) for text in (said, right))
-        tally.add(sequences.Written(*tokens, said, right))
+        tokens, right_tokens = (list(map(ord, text)) for text in (said, right))
+        tally.add(sequences.Written(tokens, right_tokens, said, right))
     return tally.result()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_experiment import make_config, save_tiny_model
+from tiny_experiment import TEXT, make_config, save_tiny_model
 
 from fjft.checkpoint.orbax import saved_steps
 from fjft.errors import UserError
@@ -262,6 +262,29 @@ def test_lora_checkpoint_holds_no_base(undisturbed):
     # Three times that (weights and two moments), and what Orbax says of them.
     # The base has 600 kB.
     assert 1.5 * trained < size < 3 * trained + 100_000
+
+
+def test_a_mixture_of_instructions_goes_on(llama, tmp_path, monkeypatch):
+    words = tmp_path / "words.jsonl"
+    rows = [{"word": f"word{i}", "number": i} for i in range(40)]
+    words.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    options = {
+        "data__train": {"talk": TEXT, "words": str(words)},
+        "data__mixture_temperature": 3.0,
+        "data__instructions": {
+            "words/a": "Which number has {word}? ||| {number}",
+            "words/b": "Say the number of {word}. ||| It is {number}.",
+        },
+        "data__eval_size": 0.0,
+        "train__max_steps": 4,
+    }
+    whole = train(make_config(llama, tmp_path / "whole", **options))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        with pytest.raises(UserError, match="stopped at step 2"):
+            train(make_config(llama, tmp_path / "cut", **options))
+    resumed = make_config(llama, tmp_path / "cut", **options, checkpoint__resume=True)
+    assert train(resumed).metrics["loss"] == whole.metrics["loss"]
 
 
 def test_what_an_adapter_started_from_is_resumed_too(llama, tmp_path, monkeypatch):

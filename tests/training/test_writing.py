@@ -1,6 +1,7 @@
 """Evaluation by what a model writes, against what transformers writes."""
 
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,9 @@ def test_a_decoder_answers_as_transformers_does(llama, config):
         model = started.run.model(started.state)
         found = judge_texts(experiment, model, tokenizer, examples)
 
-    twin = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="float32")
+    twin: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        llama, dtype="float32"
+    )
     said, right, f1 = [], [], 0.0
     for number in range(len(examples)):
         text = tokenizer.decode(examples[number].columns["input_ids"])
