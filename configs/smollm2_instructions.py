@@ -12,9 +12,9 @@ each question, by the trained model, and with `--base` by the one it began as:
 Measured with no examples shown: of the tweets' moods 0 % are right to the letter before
 and 41.7 % after (`eval_tweets_exact_match`; the loss goes from 4.29 to 0.89), while
 answers to small talk become short and have less in common with the right ones
-(`eval_talk_token_f1` from 12.2 to 6.6). It took 8 minutes of processor time on two cores
-that others used too, with two restarts; a step of 512 tokens takes 3 s where they do not.
-With three examples shown nothing has been measured yet.
+(`eval_talk_token_f1` from 12.2 to 6.6). That took 8 minutes of processor time, with two
+restarts; on two cores a step of 512 tokens takes 3 s. With three examples shown nothing
+has been measured yet.
 """
 
 import ml_collections
