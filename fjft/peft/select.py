@@ -1,4 +1,4 @@
-"""Trains the parameters that a regex names, and no others.
+"""Trains the parameters that a regex names, or all but those.
 
 PEFT has no format for it, so a trained model is saved whole.
 """
@@ -22,15 +22,18 @@ class Config:
     Attributes:
       parameters: A regex on Hugging Face's names of parameters, that means whole names
         or their last parts: `mlp\..*`, `lm_head.weight`, `(q|v)_proj\.bias`.
+      freeze: Such a regex on those that are left alone while all others are trained,
+        in the place of `parameters`.
     """
 
     parameters: str = ""
+    freeze: str = ""
 
     def __post_init__(self):
-        if not self.parameters:
+        if bool(self.parameters) == bool(self.freeze):
             raise UserError(
-                "peft.method=select needs peft.parameters, a regex on the names of "
-                r"parameters such as mlp\..*"
+                "peft.method=select needs either peft.parameters or peft.freeze, a "
+                r"regex on the names of parameters such as mlp\..*"
             )
 
 
@@ -41,20 +44,27 @@ def is_trainable(config: Config, sites: Sequence[Site]) -> Callable[[str], bool]
     """What the regex means.
 
     Raises:
-      UserError: It is broken, matches nothing, or means some layers of a stack only.
+      UserError: It is broken, matches nothing, means some layers of a stack only, or
+        leaves nothing to train.
     """
     return _paths(config, sites).__contains__
 
 
 def _paths(config: Config, sites: Sequence[Site]) -> frozenset[str]:
-    option = "peft.parameters"
+    option = "peft.parameters" if config.parameters else "peft.freeze"
+    pattern = config.parameters or config.freeze
     names = [name for site in sites for name in site.hf_names]
-    chosen = targets.select(config.parameters, names, option, what="parameter")
-    option = f"{option}={config.parameters!r}"
+    chosen = targets.select(pattern, names, option, what="parameter")
     found = targets.whole_stacks(
-        chosen, sites, option, names_of=lambda site: site.hf_names
+        chosen, sites, f"{option}={pattern!r}", names_of=lambda site: site.hf_names
     )
-    return frozenset(site.path for site in found)
+    named = frozenset(site.path for site in found)
+    if config.parameters:
+        return named
+    trained = frozenset(site.path for site in sites) - named
+    if not trained:
+        raise UserError(f"{option}={pattern!r} leaves nothing to train; freeze less")
+    return trained
 
 
 def num_trainable(model: nnx.Module, sites: Sequence[Site], config: Config) -> int:

@@ -19,6 +19,7 @@ BIASED, PLAIN = "llama/llama3-rope-biases", "llama/linear-rope-tied"
     [
         (select, {"parameters": "mlp.nothing"}, r"matches no parameter.*'weight'"),
         (select, {"parameters": "mlp("}, "is not a regex"),
+        (select, {"freeze": ".*"}, "leaves nothing to train"),
         (select, {"parameters": r"layers\.0\.mlp\..*"}, "some layers of layers.blocks"),
         (layer_norm, {"target_modules": "q_proj"}, r"matches no module.*'norm'"),
         (layer_norm, {"target_modules": r"layers\.1\..*norm"}, "some layers of"),
@@ -33,13 +34,27 @@ def test_a_pattern_that_cannot_be_had_is_refused(get_twins, method, options, mes
         tiny.build_model(directory, method, method.Config(**options))
 
 
+def test_all_but_what_is_frozen_is_trained(get_twins):
+    sites = get_twins(BIASED).model.provenance.sites
+    frozen = r"embed_tokens\.weight|self_attn\..*"
+    is_trained = select.is_trainable(select.Config(freeze=frozen), sites)
+    kept = {site.path for site in sites if not is_trained(site.path)}
+    assert kept == {
+        site.path
+        for site in sites
+        if "embed_tokens" in site.hf_names[0] or "self_attn" in site.hf_names[0]
+    }
+    with pytest.raises(UserError, match="needs either"):
+        select.Config(parameters="norm.weight", freeze=frozen)
+
+
 def test_a_model_without_biases_has_nothing_for_bitfit(get_twins):
     with pytest.raises(UserError, match="this model has none; use"):
         tiny.build_model(get_twins(PLAIN).directory, bitfit, bitfit.Config())
 
 
 def test_a_selection_needs_a_regex():
-    with pytest.raises(UserError, match="needs peft"):
+    with pytest.raises(UserError, match="needs either peft"):
         select.Config()
 
 
