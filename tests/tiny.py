@@ -134,15 +134,20 @@ def make_config(case: str, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **values)
 
 
-def make_torch(config: Any, seed: int = 0) -> Any:
-    """A random torch model in which no norm is 1 and no bias is 0."""
+def make_torch(config: Any, seed: int = 0, auto: Any = None) -> Any:
+    """A random torch model in which no norm is 1 and no bias is 0.
+
+    Args:
+      config: Its Hugging Face config.
+      seed: Of its numbers.
+      auto: The class that says which head it has; `AutoModelForCausalLM` when None.
+    """
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    ).eval()
+    auto = transformers.AutoModelForCausalLM if auto is None else auto
+    model = auto.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             mean = 1.0 if "norm" in name else 0.0

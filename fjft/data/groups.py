@@ -3,7 +3,8 @@
     {"anchor": "What is AI?", "positive": "A branch of computer science."}
     {"anchor": "...", "positive": "...", "negative": "A text of another matter."}
 
-Each text is a segment of its own, with the tokenizer's special tokens around it. Which
+Each text is a segment of its own, with the tokenizer's special tokens around it, and
+where it has one, the end of texts. Which
 columns are read is for the config to say; if it names none, of a chat the first message
 and the answer are, and a prompt and its completion.
 """
@@ -55,6 +56,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._is_cut = config.truncation == "truncate"
         self._limit = config.max_length // self.num_parts
+        # Decoders' tokenizers do not end texts, at whose ends they are judged.
+        end = tokenizer.eos_token_id
+        is_ended = end is None or tokenizer("a")["input_ids"][-1] == end
+        self._end = [] if is_ended else [end]
 
     def read(self, values: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         """Reads a row's texts.
@@ -79,21 +84,22 @@ class Encoder:
         encodings = self._tokenizer(
             [text for texts in samples for text in texts],
             truncation=self._is_cut,
-            max_length=self._limit if self._is_cut else None,
+            max_length=self._limit - len(self._end) if self._is_cut else None,
             verbose=False,
         ).encodings
         groups = zip(*[iter(encodings)] * self.num_parts, strict=True)
         return [self._make_example(group) for group in groups]
 
     def _make_example(self, group: Sequence[Any]) -> Encoded:
-        lengths = [len(encoding.ids) for encoding in group]
+        texts = [np.array([*e.ids, *self._end], np.int32) for e in group]
+        lengths = [len(text) for text in texts]
         if max(lengths) > self._limit:
             return MalformedError(
                 f"a text longer than its part of max_length, {self._limit} tokens",
                 f"{max(lengths)} tokens",
             )
         columns = {
-            "input_ids": np.concatenate([np.array(e.ids, np.int32) for e in group]),
+            "input_ids": np.concatenate(texts),
             "parts": np.repeat(np.arange(self.num_parts, dtype=np.int32), lengths),
         }
         was_cut = any(encoding.overflowing for encoding in group)

@@ -67,6 +67,8 @@ class Architecture:
       logit_softcap: Bends logits likewise.
       embedding_scale: What token vectors are multiplied by.
       num_positions: Learned position vectors; None has none.
+      num_labels: Outputs of a head for whole texts, which then stands in the place of
+        the logits of tokens; None has those.
       experts: The routed experts of sparse layers.
       residual_dropout: Share dropped of what is written to the residual stream.
       embedding_dropout: Share dropped of the embeddings.
@@ -103,9 +105,20 @@ class Architecture:
     logit_softcap: float | None = None
     embedding_scale: float | None = None
     num_positions: int | None = None
+    num_labels: int | None = None
     experts: Experts | None = None
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
+
+    @property
+    def head(self) -> str:
+        """A key of `heads.HEADS`' values."""
+        return "causal_lm" if self.num_labels is None else "sequence_classification"
+
+    @property
+    def base_name(self) -> str | None:
+        """What names of the parts below other heads begin with, where there are any."""
+        return None if self.num_labels is None else "model"
 
     @property
     def num_layers(self) -> int:

@@ -68,9 +68,9 @@ class Decoder(nnx.Module):
             make, lambda make, kind: Block(make, arch, kind), arch.kinds, cuts
         )
         self.norm = make_norm(make, arch, size)
-        self.lm_head = (
+        self.lm_head: Any = (
             TiedHead()
-            if arch.tie_word_embeddings
+            if arch.tie_word_embeddings or arch.num_labels is not None
             else Linear(
                 make,
                 "lm_head",

@@ -54,6 +54,10 @@ ENCODER_HEADS = (
 )
 
 
+# Of those decoders that have one for whole texts.
+DECODER_HEADS = ("causal_lm", "sequence_classification")
+
+
 def find(architecture: str | None, known: tuple[str, ...] = ENCODER_HEADS) -> str:
     """The head of a class of transformers; no class is the bare model.
 

@@ -3,8 +3,9 @@
 Source: `transformers/models/llama` and `transformers/models/mistral`.
 """
 
-from fjft.models import rope
+from fjft.models import heads, rope
 from fjft.models.block import Architecture, Kind
+from fjft.models.classifier import Classifier
 from fjft.models.decoder import Decoder
 from fjft.models.fields import Fields
 from fjft.models.names import (
@@ -15,10 +16,13 @@ from fjft.models.names import (
     make_rows,
     shared_numbers,
     take_activation,
+    take_labels,
 )
 from fjft.models.weights import Row
 
 MODEL = Decoder
+CLASSIFIER = Classifier
+HEADS = heads.DECODER_HEADS
 NAMES = Names(parts=PRE_NORMS | LLAMA_ATTENTION | LLAMA_MLP)
 
 
@@ -33,6 +37,7 @@ def architecture(fields: Fields) -> Architecture:
     )
     return Architecture(
         **shared_numbers(fields),
+        num_labels=take_labels(fields),
         head_dim=head_dim,
         kinds=(Kind(window, positions),) * fields.take("num_hidden_layers"),
         activation=take_activation(fields),

@@ -32,6 +32,13 @@ def take_activation(fields: Fields, name: str = "hidden_act") -> str:
     return fields.choose(name, ACTIVATIONS)
 
 
+def take_labels(fields: Fields) -> int | None:
+    """How many labels the head tells apart, if it is one for whole texts."""
+    architecture = fields.architecture or ""
+    is_classifier = architecture.endswith("ForSequenceClassification")
+    return fields.num_labels if is_classifier else None
+
+
 def take_balance(fields: Fields) -> float:
     """The weight of the experts' balance in the loss; 0 if the config wants none."""
     wanted = fields.take("output_router_logits")
@@ -126,7 +133,7 @@ def make_rows(arch: Architecture, names: Names) -> tuple[Row, ...]:
     top = {"embedding": names.embedding, "norm": names.norm}
     if arch.num_positions is not None:
         top["positions"] = names.positions
-    if not arch.tie_word_embeddings:
+    if not arch.tie_word_embeddings and arch.num_labels is None:
         top["lm_head"] = names.lm_head
     paths = {path: (hf, path) for path, hf in top.items()}
     paths |= {
@@ -153,6 +160,8 @@ def make_rows(arch: Architecture, names: Names) -> tuple[Row, ...]:
                 tied = (*row.aliases, f"{names.lm_head}.weight")
                 row = dataclasses.replace(row, aliases=tied)
             table.append(row)
+    if arch.num_labels is not None:
+        table.append(Row("score.weight", "score.weight", head=True))
     return tuple(table)
 
 

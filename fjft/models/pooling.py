@@ -18,12 +18,13 @@ def pool(
     """One vector for each of a row's segments 1 .. S.
 
     A segment that a row does not have gives a vector that means nothing: zero for
-    `mean`, the row's first for `first`.
+    `mean`, the row's first or last for `first` and `last`.
 
     Args:
       x_BTD: Vectors of all tokens.
       segment_ids_BT: Segments; 0 is padding.
-      how: `first` takes each segment's first token, `mean` the mean of all of its.
+      how: `first` and `last` take each segment's first or last token, `mean` the mean
+        of all of its.
       num_segments: S.
 
     Raises:
@@ -34,12 +35,16 @@ def pool(
     if how == "first":
         first_BS = jnp.argmax(is_in_BST, axis=-1)
         return jnp.take_along_axis(x_BTD, first_BS[:, :, None], axis=1)
+    if how == "last":
+        from_end_BS = jnp.argmax(is_in_BST[:, :, ::-1], axis=-1)
+        last_BS = x_BTD.shape[1] - 1 - from_end_BS
+        return jnp.take_along_axis(x_BTD, last_BS[:, :, None], axis=1)
     if how == "mean":
         share_BST = is_in_BST.astype(jnp.float32)
         counts_BS1 = jnp.maximum(share_BST.sum(-1, keepdims=True), 1)
         sums_BSD = jnp.einsum("BST,BTD->BSD", share_BST, x_BTD.astype(jnp.float32))
         return (sums_BSD / counts_BS1).astype(x_BTD.dtype)
-    raise UserError(f"pooling={how!r} is unknown; use 'first' or 'mean'")
+    raise UserError(f"pooling={how!r} is unknown; use 'first', 'last' or 'mean'")
 
 
 def embed_sentences(

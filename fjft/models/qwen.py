@@ -3,8 +3,9 @@
 Source: `transformers/models/qwen2` and `transformers/models/qwen3`.
 """
 
-from fjft.models import rope
+from fjft.models import heads, rope
 from fjft.models.block import Architecture, Kind
+from fjft.models.classifier import Classifier
 from fjft.models.decoder import Decoder
 from fjft.models.fields import Fields
 from fjft.models.names import (
@@ -16,11 +17,14 @@ from fjft.models.names import (
     make_rows,
     shared_numbers,
     take_activation,
+    take_labels,
     take_windows,
 )
 from fjft.models.weights import Row
 
 MODEL = Decoder
+CLASSIFIER = Classifier
+HEADS = heads.DECODER_HEADS
 NAMES = Names(parts=PRE_NORMS | LLAMA_ATTENTION | QK_NORMS | LLAMA_MLP)
 
 
@@ -45,6 +49,7 @@ def architecture(fields: Fields) -> Architecture:
     windows = take_windows(fields, fields.take("sliding_window"))
     return Architecture(
         **numbers,
+        num_labels=take_labels(fields),
         head_dim=head_dim,
         kinds=tuple(Kind(window, positions) for window in windows),
         activation=take_activation(fields),

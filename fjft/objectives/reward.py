@@ -41,7 +41,7 @@ def loss(
     """Sums of the loss over all pairs of a batch (Bradley and Terry 1952).
 
     Args:
-      model: An `Encoder` with this head and one output.
+      model: An `Encoder`, or a `Classifier`, with this head and one output.
       batch: `input_ids`, `positions` and `segment_ids`, each Int32[B, T]; `examples`,
         Int32[B, S, 2], not -1 where there is a chosen and a rejected text.
       config: Options.

@@ -70,7 +70,7 @@ def predict(
     """The logits of each segment, or of each token, float32.
 
     Args:
-      model: An `Encoder` with this head.
+      model: An `Encoder`, or a `Classifier`, with this head.
       batch: `input_ids`, `positions`, `segment_ids` and, where the model knows types,
         `token_type_ids`, each Int32[B, T]; `labels`, [B, S] or [B, S, C].
       rng: Turns on what is random in training.

@@ -13,7 +13,7 @@ def paths(pattern: str, sites: Sequence[Site]) -> frozenset[str]:
     if not pattern:
         return frozenset()
     chosen = modules(pattern, sites).keys()
-    tied = not any(site.path.startswith("lm_head.") for site in sites)
+    tied = not any(site.path.startswith(("lm_head.", "score.")) for site in sites)
     if tied and any(name.endswith("embed_tokens") for name in chosen):
         raise UserError(
             f"peft.modules_to_save={pattern!r}: this model ties its "

@@ -273,7 +273,7 @@ def _multiplied(params: tree.Params, blueprint: Blueprint) -> float:
     """
     axes = tree.logical_axes(blueprint.model)
     experts: Any = getattr(blueprint.model.arch, "experts", None)
-    has_head = any(path.startswith("lm_head.") for path in blueprint.params)
+    has_head = any(path.startswith(("lm_head.", "score.")) for path in blueprint.params)
 
     def share(path: str) -> float:
         return experts.per_token / experts.count if "expert" in axes[path] else 1.0

@@ -42,6 +42,8 @@ def test_each_text_is_a_segment(read, tokenizer, packing):
             for part, column in enumerate("abc"):
                 here = batch["segment_ids"][row] == 3 * place + part + 1
                 ids = tokenizer(ROWS[example][column]).input_ids
+                # Which this tokenizer, as decoders' do, does not put there itself.
+                ids.append(tokenizer.eos_token_id)
                 assert batch["input_ids"][row, here].tolist() == ids
                 assert batch["positions"][row, here].tolist() == [*range(len(ids))]
 
@@ -51,7 +53,10 @@ def test_chats_need_no_columns(read, tokenizer):
     pair = {"prompt": "2 and 2 is ", "completion": "42"}
     rows, _, report = read([chat, pair, {"text": "alone"}], text_columns="")
     shown = [groups.show_example(tokenizer, rows.example(i)) for i in range(2)]
-    assert shown == ["How are you?\nI am fine.", "2 and 2 is \n42"]
+    assert shown == [
+        "How are you?<eos>\nI am fine.<eos>",
+        "2 and 2 is <eos>\n42<eos>",
+    ]
     assert list(report.rejected) == ["a text without an answer"]
 
 

@@ -7,14 +7,33 @@ import pytest
 import tiny
 import tiny_encoders
 import torch
+import transformers
 from datasets import Dataset
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+import fjft
 from fjft import tree
+from fjft.errors import UserError
 from fjft.objectives import reward as objective
 
-CASE = "bert/tanh-gelu/sequence_classification"
+CASES = [
+    "bert/tanh-gelu/sequence_classification",
+    "llama/llama3-rope-biases",
+    "qwen3/no-window-tied",
+]
+
+
+def make_twin(case, num_labels=1):
+    """The torch model of a case with a head for whole texts."""
+    if case.startswith("bert"):
+        config = tiny_encoders.make_config(case)
+        config.num_labels = num_labels
+        return tiny_encoders.make_torch(case, config)
+    config = tiny.make_config(case, num_labels=num_labels, pad_token_id=3)
+    twin = tiny.make_torch(config, auto=transformers.AutoModelForSequenceClassification)
+    twin.config.architectures = [type(twin).__name__]
+    return twin
 
 
 def make_batch():
@@ -27,10 +46,9 @@ def make_batch():
     return batch | {"examples": examples}
 
 
-def test_loss_and_gradients_equal_trls(tmp_path):
-    twin_config = tiny_encoders.make_config(CASE)
-    twin_config.num_labels = 1
-    twin = tiny_encoders.make_torch(CASE, twin_config)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_trls(tmp_path, case):
+    twin = make_twin(case)
     model = tiny.build_model(tiny_encoders.save(twin, tmp_path))
     batch = make_batch()
     config = objective.Config(center_rewards_coefficient=0.1)
@@ -47,7 +65,8 @@ def test_loss_and_gradients_equal_trls(tmp_path):
     (loss, sums), grads = gradient(params, jax.tree.map(jnp.asarray, batch))
 
     parts = tiny.unpack({k: v for k, v in batch.items() if k != "examples"})
-    ids, seen = np.full((6, 9), 3, np.int64), np.zeros((6, 9), np.int64)
+    # trl makes its tokenizer's padding the model's, by which decoders find the end.
+    ids, seen = np.zeros((2, 6, 9), np.int64)
     for row, part in enumerate(parts[::2] + parts[1::2]):
         size = part["input_ids"].shape[1]
         ids[row, :size], seen[row, :size] = part["input_ids"], 1
@@ -77,3 +96,31 @@ def test_loss_and_gradients_equal_trls(tmp_path):
         expected = tiny.gather(site, arrays)
         scale = max(np.abs(expected).max(), 1e-3)
         np.testing.assert_allclose(grads[site.path], expected, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("case", CASES[1:])
+def test_a_decoder_can_get_a_new_head_and_goes_to_transformers(tmp_path, case):
+    base = tiny.make_torch(tiny.make_config(case, pad_token_id=3))
+    tiny.save_torch(base, tmp_path / "base")
+    model = fjft.load_model(
+        str(tmp_path / "base"), head="sequence_classification", num_labels=3
+    )
+    assert model.provenance.new == ("score.weight",)
+    tied = base.config.tie_word_embeddings
+    assert model.provenance.passed_over == (() if tied else ("lm_head.weight",))
+    fjft.save_model(model, tmp_path / "saved")
+    twin = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved"
+    ).eval()
+    ids = np.full((2, 12), 3, np.int32)
+    ids[0], ids[1, :7] = tiny.random_ids(12) + 1, tiny.random_ids(7, seed=1) + 1
+    ids = np.minimum(ids, tiny.VOCAB_SIZE - 1)
+    segments = (np.arange(12)[None] < np.array([[12], [7]])).astype(np.int32)
+    with torch.no_grad():
+        theirs = twin(
+            torch.tensor(ids).long(), attention_mask=torch.tensor(segments).long()
+        ).logits
+    ours = model(jnp.asarray(ids), segment_ids=jnp.asarray(segments))
+    assert tiny.max_error(ours, theirs.numpy()) < 1e-4
+    with pytest.raises(UserError, match="writes none"):
+        model.unembed(jnp.zeros((1, 1, 48)))

@@ -3,7 +3,9 @@
 import functools
 import json
 
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -39,6 +41,32 @@ def make_config(bert, tmp_path):
 
 def test_cuts_and_meshes_do_not_change_the_losses(make_config):
     assert_cuts_change_nothing(make_config(data__packing=True))
+
+
+def test_a_decoder_with_an_adapter_goes_to_peft(make_config, llama, tmp_path):
+    config = make_config(
+        model__source=llama,
+        peft__method="lora",
+        peft__r=4,
+        peft__target_modules="q_proj|down_proj",
+        peft__modules_to_save="score",
+        data__packing=True,
+        data__max_length=96,
+        train__max_steps=2,
+    )
+    result = fjft.train(config)
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "run/adapter", num_labels=1
+    ).eval()
+    ids = result.tokenizer("w1 w2", return_tensors="np")["input_ids"]
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits
+    ours = result.model(jnp.asarray(ids, jnp.int32))
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    rows, _, _ = build_experiment(config).load_examples(result.tokenizer)
+    example = rows.example(0).columns
+    last = np.flatnonzero(np.diff(example["parts"], append=2))
+    assert set(example["input_ids"][last]) == {result.tokenizer.eos_token_id}
 
 
 def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path):
