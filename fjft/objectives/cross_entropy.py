@@ -146,9 +146,8 @@ def _sums(hidden, matrices, targets, weights, num_parts, smoothing, softcap):
 
     def chunk(carry: Any, xs: Any) -> Any:
         hidden, targets, weights = xs
-        _, loss, correct = _chunk_loss(
-            hidden, targets, weights, parts, smoothing, softcap
-        )
+        form = _make_form(hidden, parts, softcap)
+        _, loss, correct = _chunk_loss(form, targets, weights, parts, smoothing)
         return (carry[0] + loss, carry[1] + correct), None
 
     return jax.lax.scan(chunk, _zeros(2), (hidden, targets, weights))[0]
@@ -162,10 +161,10 @@ def _sums_forward(hidden, matrices, targets, weights, num_parts, smoothing, soft
 
     def chunk(carry: Any, xs: Any) -> Any:
         (sums, grad_parts), (hidden, targets, weights) = carry, xs
-        log_norm, loss, correct = _chunk_loss(
-            hidden, targets, weights, parts, smoothing, softcap
-        )
+        form = _make_form(hidden, parts, softcap)
+        log_norm, loss, correct = _chunk_loss(form, targets, weights, parts, smoothing)
         grad_hidden, grad_parts = _chunk_gradients(
+            form,
             hidden,
             targets,
             weights,
@@ -213,11 +212,19 @@ def _cut_vocabulary(matrices: tuple[jax.Array, ...], num_parts: int) -> _Parts:
     return _Parts(cut, starts)
 
 
-def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
+def _make_form(hidden, parts, softcap):
+    """Makes what gives a part's logits; those of a single part are formed once."""
+    if parts.start.shape[0] > 1:
+        return lambda part: form_logits(hidden, part.matrices, softcap)
+    logits = form_logits(hidden, tuple(m[0] for m in parts.matrices), softcap)
+    return lambda part: logits
+
+
+def _chunk_loss(form, targets, weights, parts, smoothing):
     """The log-normalizer [B, C], and the sums of loss and correct, of one chunk."""
 
     def add_part(stats, part):
-        logits = form_logits(hidden, part.matrices, softcap)
+        logits = form(part)
         highest = jnp.maximum(stats.highest, jnp.max(logits, axis=-1))
         shifted = jnp.exp(logits - highest[..., None])
         return _Stats(
@@ -241,13 +248,13 @@ def _chunk_loss(hidden, targets, weights, parts, smoothing, softcap):
 
 
 def _chunk_gradients(
-    hidden, targets, weights, parts, log_norm, smoothing, softcap, grad_parts
+    form, hidden, targets, weights, parts, log_norm, smoothing, softcap, grad_parts
 ):
     """Gradients of one chunk's loss; adds those of matrices to `grad_parts`, if any."""
 
     def add_part(grad_hidden, xs):
         part, grad_part = xs
-        logits = form_logits(hidden, part.matrices, softcap)
+        logits = form(part)
         wanted = jnp.where(_is_target(logits, targets, part), 1 - smoothing, 0)
         error = jnp.exp(logits - log_norm[..., None]) - wanted
         error = error - smoothing / parts.vocab_size
@@ -268,11 +275,7 @@ def _is_target(logits: jax.Array, targets: jax.Array, part: _Parts) -> jax.Array
 
 
 def _over_parts(add_part: Any, carry: Any, parts: Any) -> tuple[Any, Any]:
-    """Scans over the vocabulary's parts; a single part needs no loop.
-
-    Without the loop the logits of loss and gradient are one expression to the
-    compiler, which computes it once.
-    """
+    """Scans over the vocabulary's parts; a single part needs no loop."""
     if jax.tree.leaves(parts)[0].shape[0] > 1:
         return jax.lax.scan(add_part, carry, parts)
     carry, out = add_part(carry, jax.tree.map(lambda x: x[0], parts))

@@ -20,7 +20,8 @@ from fjft.models.codes import FORMATS
 from fjft.models.weights import module_at
 from fjft.objectives import causal_lm
 from fjft.peft import full, last_layers, lora
-from fjft.training.program import _flops_per_token
+from fjft.pretrained import draw_model
+from fjft.training.program import _multiplied
 
 MESH = (2, 2, 2)
 LORA = lora.Config(r=4, target_modules="q_proj|down_proj|gate_proj")
@@ -215,12 +216,19 @@ def test_what_cannot_be_quantized_is_refused(files, get_twins):
         tiny.build_model(files, quantization="nf4", mesh=mesh)
 
 
-def test_codes_count_as_numbers_and_scales_do_not(files, whole):
-    flops = []
-    for model in (whole, tiny.build_model(files, quantization="nf4_double")):
-        params, axes = tree.split(model)[1], tree.logical_axes(model)
-        flops.append(_flops_per_token({}, params, axes, None))
-    assert flops[0] == flops[1]
+def test_codes_count_as_numbers_and_scales_do_not(files):
+    counts = []
+    for quantization in ("", "nf4_double"):
+        blueprint = draw_model(
+            files,
+            method=None,
+            peft_config=None,
+            dtype="float32",
+            mesh=sharding.single_device_mesh(),
+            quantization=quantization,
+        )
+        counts.append(_multiplied(blueprint.params, blueprint))
+    assert counts[0] == counts[1]
     assert tree.num_bytes(jnp.zeros((3, 4), jnp.uint4)) == 6
 
 

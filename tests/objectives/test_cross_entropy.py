@@ -162,8 +162,8 @@ def test_a_frozen_projection_costs_no_gradient():
     frozen, trained = (jaxprs.products(_loss_jaxpr(a)) for a in (0, (0, 1)))
     assert (V, D) not in frozen
     assert len(trained) == len(frozen) + 1
-    # Logits for the loss, logits for the gradient (one to the compiler), and dh.
-    assert len(frozen) == 3
+    # Logits, of loss and gradient alike, and dh.
+    assert len(frozen) == 2
 
 
 def test_no_array_holds_all_logits():

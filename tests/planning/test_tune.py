@@ -47,6 +47,7 @@ def make_report(**changes: Any) -> Report:
         price_per_hour=36.0,
         total_steps=None,
         compile_seconds=1.0,
+        notes=[],
         find_max_batch=lambda: 7,
     )
     return dataclasses.replace(report, **changes)
