@@ -85,9 +85,10 @@ TASKS = {
         "minilm_sentiment.py",
         {
             "data.max_length": 128,
+            "data.eval_size": 500.0,
             "train.batch_size": 16,
-            "train.max_steps": 200,
-            "train.log_steps": 10,
+            "train.max_steps": 60,
+            "train.log_steps": 5,
             "optimizer.learning_rate": 2e-3,
         },
         "eval_accuracy",
