@@ -38,11 +38,15 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
 }
 
-# How many times as fast products of 8 bits are, from the same sources; 1 elsewhere.
+# How many times as fast products of 8 bits are, of the same makers; 1 elsewhere. From
+# memory of their data sheets, and not checked against them.
 NARROW_RATES = {
     "TPU v5 lite": {"int8": 2.0},
+    "TPU v5e": {"int8": 2.0},
     "TPU v5": {"int8": 2.0},
+    "TPU v5p": {"int8": 2.0},
     "TPU v6 lite": {"int8": 2.0},
+    "TPU v6e": {"int8": 2.0},
     "TPU7x": {"fp8": 2.0},
     "Tesla T4": {"int8": 2.0},
     "NVIDIA A10": {"int8": 2.0},

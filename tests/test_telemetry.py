@@ -276,6 +276,15 @@ def test_peaks_by_device_kind(kind, teraflops):
     assert telemetry_speed.peak_flops(kind) == expected
 
 
+def test_rates_of_8_bits_by_device_kind():
+    for kind in ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6e"):
+        assert telemetry_speed.narrow_rates(kind) == {"int8": 2.0}
+    hopper = telemetry_speed.narrow_rates("NVIDIA H100 80GB HBM3")
+    assert hopper == {"int8": 2.0, "fp8": 2.0}
+    for kind in ("TPU v4", "TPU v4 lite", "cpu"):
+        assert telemetry_speed.narrow_rates(kind) == {}
+
+
 def test_compiles_are_counted_by_name_until_closed():
     watcher = telemetry_speed.CompileWatcher()
 
