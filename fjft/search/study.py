@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
@@ -19,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from fjft import distributed
 from fjft.build import build_experiment, override
 from fjft.errors import StoppedError, UserError
 from fjft.training.best import is_less_better
@@ -51,9 +53,15 @@ def search(
       Optuna's account of all trials.
 
     Raises:
-      UserError: Nothing is held out to judge by, the directory holds another search,
-        or no trial came to a result.
+      UserError: There are several processes, nothing is held out to judge by, the
+        directory holds another search, or no trial came to a result.
     """
+    distributed.start()
+    if jax.process_count() > 1:
+        raise UserError(
+            "fjft search chooses what to try next in one process; set "
+            "JAX_NUM_PROCESSES=1 and search on one machine's devices"
+        )
     experiment = build_experiment(config)
     directory = Path(experiment.checkpoint.directory)
     study = _open_study(config, directory, experiment.evaluate.metric_for_best_model)

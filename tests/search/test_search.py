@@ -106,6 +106,12 @@ def test_a_trial_that_cannot_be_trained_counts_as_failed(search, runs):
     assert search(3).best_trial.number == 2
 
 
+def test_several_processes_are_refused(search, monkeypatch):
+    monkeypatch.setattr(searching.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES=1"):
+        search(1)
+
+
 def test_another_search_is_refused(search):
     search(1)
     with pytest.raises(UserError, match="another space"):
