@@ -65,8 +65,9 @@ class ModelConfig:
         checkpoint's. What is trained is always float32.
       quantization: A key of `FORMATS`: linear maps that are not trained, but the
         head, lie in codes of so many bits; "" leaves them in `dtype`.
-      matmuls: A key of `KINDS`: while training, linear maps, but the head, multiply in
-        8 bits, on hardware that does so faster; "" multiplies in `dtype`.
+      matmuls: A key of `KINDS`: in a run, its own evaluations included, linear maps,
+        but the head and routed experts, multiply in 8 bits, on hardware that does so
+        faster; "" multiplies in `dtype`.
       from_scratch: Start from random weights, drawn by `train.seed`; of `source` only
         the config and the tokenizer count.
       sizes: Fields of the config that such a model has otherwise, such as

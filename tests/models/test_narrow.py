@@ -10,6 +10,9 @@ import pytest
 import tiny
 import torch
 
+from fjft import sharding
+from fjft.build import ModelConfig
+from fjft.errors import UserError
 from fjft.models.narrow import KINDS, narrow_product
 from fjft.models.weights import module_at
 from fjft.tree import split
@@ -53,6 +56,21 @@ def test_the_product_and_its_gradients(kind, factors):
 def test_nothing_but_zeros_stays_nothing(kind):
     y = narrow_product(kind, jnp.zeros((2, 8)), jnp.zeros((4, 8)))
     np.testing.assert_array_equal(y, 0)
+
+
+def test_a_mesh_rounds_as_one_device_does():
+    files = tiny.memory_files(tiny.torch_model("llama/llama3-rope-biases"))
+    mesh, ids = sharding.make_mesh(sharding.Config(2, 2, 2)), tiny.random_ids(4, 8)
+    spread = tiny.build_model(files, matmuls="int8", mesh=mesh)
+    with jax.set_mesh(mesh):
+        ours = tiny.jit_apply(spread)(ids)
+    single = tiny.build_model(files, matmuls="int8")
+    assert tiny.max_error(ours, tiny.jit_apply(single)(ids)) < 1e-4
+
+
+def test_codes_cannot_be_multiplied_so():
+    with pytest.raises(UserError, match=r"quantization='nf4'.*matmuls='int8'"):
+        ModelConfig(source="x", quantization="nf4", matmuls="int8")
 
 
 def test_every_linear_map_but_the_head_multiplies_so():
