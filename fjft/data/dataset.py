@@ -1,6 +1,7 @@
 """From a config to rows ready to serve: the stages, one after the other."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def load_examples(
     if not config.eval_sources and config.eval_size:
         examples, sets = hold_out(examples, report.sources, config.eval_size, seed)
         report.held_out = sum(map(len, sets.values()))
+        examples, report.also_held_out = leave_out_known(examples, sets.values())
     show = None
     if config.eval_shots:
         numbers = choose_pool(examples, report.sources, seed)
@@ -117,6 +119,37 @@ def hold_out(
     indices = np.arange(len(examples))
     held_out = examples.take(indices[is_held_out])
     return examples.take(indices[~is_held_out]), by_source(held_out, rows)
+
+
+def leave_out_known(
+    examples: Examples, held_out: Iterable[Examples]
+) -> tuple[Examples, int]:
+    """Takes away what is held out as well, so that no text is both learned and judged.
+
+    Args:
+      examples: To train on.
+      held_out: Not to train on.
+
+    Returns:
+      The examples whose tokens are not those of a held-out one, and how many are gone.
+
+    Raises:
+      UserError: Nothing would be left.
+    """
+    known = {_fingerprint(own, i) for own in held_out for i in range(len(own))}
+    is_new = [_fingerprint(examples, i) not in known for i in range(len(examples))]
+    (indices,) = np.nonzero(is_new)
+    if not len(indices):
+        raise UserError(
+            "every example of data.train is held out by data.eval_size as well, since "
+            "they repeat one another; set data.eval to a source of its own"
+        )
+    return examples.take(indices), len(examples) - len(indices)
+
+
+def _fingerprint(examples: Examples, index: int) -> bytes:
+    ids = examples[index].columns["input_ids"]
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _choose_held_out(

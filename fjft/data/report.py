@@ -36,6 +36,7 @@ class Report:
       examples: Examples kept (before held-out ones are taken away).
       truncated: Of them, cut to `max_length`.
       held_out: Of them, taken for evaluation by `eval_size`.
+      also_held_out: Others with the same tokens as one of these, left out.
       tokens: Tokens in all examples.
       supervised_tokens: Of them, learned.
       longest: Tokens in the longest example.
@@ -62,6 +63,7 @@ class Report:
     examples: int = 0
     truncated: int = 0
     held_out: int = 0
+    also_held_out: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
@@ -136,6 +138,10 @@ class Report:
             lines.append(f"  {self.truncated:,} cut to max_length")
         if self.held_out:
             lines.append(f"  {self.held_out:,} held out for evaluation")
+        if self.also_held_out:
+            lines.append(
+                f"  {self.also_held_out:,} equal to these, left out of training"
+            )
         if self.mixture:
             counts = ", ".join(
                 f"{name} {size:,} x {count / size:.3g}"

@@ -128,6 +128,23 @@ def test_held_out_rows_depend_on_seed_and_row_alone(chatml, write):
     assert 20 < len(split(eval_size=0.2)) < 60
 
 
+def test_what_is_held_out_is_not_learned_from_its_repetition(chatml, write):
+    path = write(*[pair(i % 20) for i in range(60)])
+    config = Config(train=path, eval_size=5)
+    train, sets, report = load_examples(config, chatml)
+    held_out = first_tokens(sets[""])
+    assert len(first_tokens(train)) == 20 - len(held_out)
+    assert not first_tokens(train) & held_out
+    assert report.also_held_out == 60 - 5 - len(train.examples)
+    assert f"  {report.also_held_out} equal to these" in "\n".join(report.describe())
+
+
+def test_only_repetitions_of_what_is_held_out_are_no_data(chatml, write):
+    path = write(*[pair(0) for _ in range(9)])
+    with pytest.raises(UserError, match=r"set data\.eval to a source of its own"):
+        load_examples(Config(train=path, eval_size=2), chatml)
+
+
 @pytest.mark.parametrize("size", [3, 50, 1e-9])
 def test_holding_out_all_or_nothing_is_an_error(chatml, write, size):
     path = write(*[pair(i) for i in range(3)])

@@ -84,7 +84,7 @@ def test_windows_are_the_tokenizers_and_hold_the_answer(read, spelling_tokenizer
 
 
 def test_a_held_out_question_keeps_its_windows(read):
-    rows = [make_row(f"Word{n}") for n in range(6)]
+    rows = [make_row(f"Word{n}", question=f"  Is it {n}?") for n in range(6)]
     train, sets, _ = read(rows, eval_size=2.0)
     held_out = sets[""]
     asked = [
