@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fjft.labels import IGNORED
-from fjft.objectives.chunks import Chunks
+from fjft.objectives.chunks import Chunks, Terms
 from fjft.objectives.cross_entropy import Sums, cross_entropy_sums
 
 EXAMPLES = "text"
@@ -48,6 +48,20 @@ def next_tokens(
     same = segment_ids_BT == jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))
     trained = (following != IGNORED) & same & (segment_ids_BT != 0)
     return jnp.where(trained, following, 0), trained
+
+
+def next_token_terms(
+    model: Any, batch: Batch, rng: Key[Array, ""] | None, remat: str
+) -> Terms:
+    """A `Decoder`'s logits of each position's next token, not multiplied out."""
+    x_BTD, _ = model.backbone(
+        model.embed(batch["input_ids"]),
+        batch["positions"],
+        batch["segment_ids"],
+        rng=rng,
+        remat=remat,
+    )
+    return model.logit_terms(x_BTD, rng)
 
 
 def loss(

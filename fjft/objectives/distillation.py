@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from fjft.errors import UserError
-from fjft.objectives.causal_lm import next_tokens
-from fjft.objectives.chunks import Terms
+from fjft.objectives.causal_lm import next_token_terms, next_tokens
 from fjft.objectives.divergence import Distilled, Mixture, distilled_sums
 
 EXAMPLES = "text"
@@ -69,8 +68,8 @@ def loss(
     """
     targets_BT, trained_BT = next_tokens(batch["labels"], batch["segment_ids"])
     return distilled_sums(
-        _terms(model, batch, rng, remat),
-        _terms(teacher, batch, None, "none"),
+        next_token_terms(model, batch, rng, remat),
+        next_token_terms(teacher, batch, None, "none"),
         targets_BT,
         trained_BT.astype(jnp.float32),
         chunk_tokens=config.chunk_tokens,
@@ -81,17 +80,6 @@ def loss(
             teacher.logit_softcap,
         ),
     )
-
-
-def _terms(model: Any, batch: Batch, rng: Key[Array, ""] | None, remat: str) -> Terms:
-    x_BTD, _ = model.backbone(
-        model.embed(batch["input_ids"]),
-        batch["positions"],
-        batch["segment_ids"],
-        rng=rng,
-        remat=remat,
-    )
-    return model.logit_terms(x_BTD, rng)
 
 
 def evaluate(model: Any, batch: Batch, config: Config, *, teacher: Any) -> Distilled:

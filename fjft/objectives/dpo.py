@@ -1,26 +1,50 @@
 """Answers that are preferred to others, against the model as it was before training."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
+from fjft.objectives.causal_lm import next_token_terms, next_tokens
 from fjft.objectives.chunks import Chunks
+from fjft.objectives.divergence import Mixture, distilled_sums
 from fjft.objectives.log_probs import segment_log_probs
 from fjft.objectives.preferred import Preferred, sum_pairs
 
 EXAMPLES = "preferences"
 HEAD = None  # the checkpoint's own
-METRICS = "rewards"
+METRICS = "preferences"
 # `loss` and `evaluate` take the model without its adapter besides.
 REFERENCE = True
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo")
 
 Batch = dict[str, jax.Array]
+
+
+class Judged(NamedTuple):
+    """Sums over pairs, and over the tokens of their answers.
+
+    Attributes:
+      loss: Of the losses.
+      weight: How many pairs.
+      correct: How many whose chosen text has the higher reward.
+      chosen: Of the rewards of chosen texts.
+      rejected: Of the rewards of rejected ones.
+      kl: Of KL(model || reference) of each next token, in nats.
+      num_tokens: How many of these.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    correct: Float[Array, ""]
+    chosen: Float[Array, ""]
+    rejected: Float[Array, ""]
+    kl: Float[Array, ""]
+    num_tokens: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +136,16 @@ def _losses(
     return (1 - share) * right + share * wrong
 
 
-def evaluate(model: Any, batch: Batch, config: Config, *, reference: Any) -> Preferred:
+def evaluate(model: Any, batch: Batch, config: Config, *, reference: Any) -> Judged:
     """Sums from which every metric of an evaluation follows; arguments as `loss`."""
-    return loss(model, batch, config, reference=reference)
+    sums = loss(model, batch, config, reference=reference)
+    targets_BT, learned_BT = next_tokens(batch["labels"], batch["segment_ids"])
+    apart = distilled_sums(
+        next_token_terms(reference, batch, None, "none"),
+        next_token_terms(model, batch, None, "none"),
+        targets_BT,
+        learned_BT.astype(jnp.float32),
+        chunk_tokens=config.chunk_tokens,
+        mixture=Mixture(1.0, 1.0, reference.logit_softcap, model.logit_softcap),
+    )
+    return Judged(*sums, kl=apart.divergence, num_tokens=apart.weight)

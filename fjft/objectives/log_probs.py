@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fjft.objectives.causal_lm import next_tokens
+from fjft.objectives.causal_lm import next_token_terms, next_tokens
 from fjft.objectives.chunks import Chunks
 from fjft.objectives.cross_entropy import token_log_probs
 
@@ -50,13 +50,9 @@ def segment_log_probs(
       remat: What the backward pass recomputes.
     """
     segment_ids = batch["segment_ids"]
-    x_BTD = model.embed(batch["input_ids"])
-    x_BTD, _ = model.backbone(
-        x_BTD, batch["positions"], segment_ids, rng=rng, remat=remat
-    )
     targets_BT, follows_BT = next_tokens(batch["input_ids"], segment_ids)
     log_probs_BT = token_log_probs(
-        model.logit_terms(x_BTD, rng),
+        next_token_terms(model, batch, rng, remat),
         targets_BT,
         chunks=chunks,
         softcap=model.logit_softcap,

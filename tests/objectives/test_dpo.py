@@ -9,7 +9,9 @@ import torch
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fjft import tree
 from fjft.errors import UserError
+from fjft.models.bare import without_adapters
 from fjft.objectives import dpo as objective
 from fjft.objectives.chunks import Chunks
 from fjft.objectives.cross_entropy import token_log_probs
@@ -67,6 +69,31 @@ def test_losses_rewards_and_gradients_equal_trls(adapted, tmp_path, loss_type):
     ):
         assert float(ours) / 3 == pytest.approx(logged[f"rewards/{name}"], rel=1e-4)
     adapted.assert_gradients_equal(grads, trainer.model, tmp_path)
+
+
+def test_how_far_the_model_is_from_its_reference_equals_torchs(adapted):
+    batch = make_batch()
+    config = objective.Config(chunk_tokens=16)
+    model = tree.merge(adapted.graphdef, adapted.frozen, adapted.learned)
+    reference = without_adapters(model)
+    arrays = jax.tree.map(jnp.asarray, batch)
+    sums = objective.evaluate(model, arrays, config, reference=reference)
+
+    twin = make_trainer(adapted, config).model.eval()
+    total, count = 0.0, 0
+    for part in tiny.unpack({k: v for k, v in batch.items() if k != "examples"}):
+        ids = torch.tensor(part["input_ids"]).long()
+        with torch.no_grad():
+            ours = twin(ids).logits.log_softmax(-1)
+            with twin.disable_adapter():
+                theirs = twin(ids).logits.log_softmax(-1)
+        kl = torch.nn.functional.kl_div(theirs, ours, reduction="none", log_target=True)
+        is_learned = torch.tensor(part["labels"])[:, 1:] != -100
+        total += float(kl.sum(-1)[:, :-1][is_learned].sum())
+        count += int(is_learned.sum())
+    assert int(sums.num_tokens) == count
+    assert total > 0
+    assert float(sums.kl) == pytest.approx(total, rel=1e-5)
 
 
 def test_smoothed_labels_are_wrong_so_often():
