@@ -14,6 +14,7 @@ from fjft.models.spread import spread
 
 LANES = 128  # the least block, and what blocks are multiples of
 BLOCK_SIZES = (512, 384, 256, LANES)  # of queries and of keys, the best one first
+MOST_NUMBERS = 2048 * LANES  # of a block of keys whose gradients fit beside it
 
 
 def splash_attention(
@@ -42,7 +43,7 @@ def splash_attention(
       name: What remat policies call the output and the scores' norms.
       interpret: Runs the kernel's program on any backend, slowly.
     """
-    T, num_heads = q_BTNH.shape[1:3]
+    T, num_heads, width = q_BTNH.shape[1:]
     parts = spread(num_heads, k_BTKH.shape[2], T)
     k_BTKH, v_BTKH = (jnp.repeat(x, parts.repeats, axis=2) for x in (k_BTKH, v_BTKH))
     missing = -T % (LANES * parts.stretches)
@@ -54,7 +55,9 @@ def splash_attention(
     heads = [_make_mask(T + missing, mask.window, mask.causal)] * parts.heads
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask(heads),
-        block_sizes=_block_sizes((T + missing) // parts.stretches),
+        block_sizes=choose_blocks(
+            (T + missing) // parts.stretches, T + missing, width, mask.window
+        ),
         head_shards=1,
         q_seq_shards=parts.stretches,
         attn_logits_soft_cap=softcap,
@@ -104,14 +107,34 @@ def _make_mask(length: int, window: int | None, causal: bool) -> splash.Mask:
     return splash.CausalMask(shape) if causal else splash.FullMask(shape)
 
 
-def _block_sizes(length: int) -> splash.BlockSizes:
-    """The largest blocks that divide a row's length."""
-    block = next(size for size in BLOCK_SIZES if length % size == 0)
+def choose_blocks(
+    queries: int, keys: int, width: int, window: int | None
+) -> splash.BlockSizes:
+    """The largest blocks that divide a row's length.
+
+    In the backward pass one kernel does the work of two, which would both work the
+    scores out again. But it writes the queries' gradients for each block of keys, to be
+    added up: it is taken where two blocks at most are all the keys, the chip's fast
+    memory holds such a block with its gradients, and no window hides what smaller
+    blocks would pass over.
+
+    Args:
+      queries: Of a device's stretch of a row.
+      keys: Of the whole row.
+      width: Of a head.
+      window: How many of them a query sees; None is all.
+    """
+    block = next(size for size in BLOCK_SIZES if queries % size == 0)
+    halves = keys // 2 if keys % (2 * block) == 0 else keys
+    is_small = halves * max(width, LANES) <= MOST_NUMBERS
+    is_one_kernel = is_small and halves <= (window or keys)
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dkv=halves if is_one_kernel else block,
+        block_kv_dkv_compute=block,
+        block_q_dq=None if is_one_kernel else block,
+        block_kv_dq=None if is_one_kernel else block,
+        use_fused_bwd_kernel=is_one_kernel,
     )

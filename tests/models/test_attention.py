@@ -40,6 +40,7 @@ CASES = {
     "window-softcap": Case(
         B=1, T=300, N=2, K=1, H=8, causal=True, window=70, softcap=2.0
     ),
+    "softcap": Case(B=1, T=128, N=2, K=1, H=8, causal=True, softcap=2.0),
     "both-ways-window": Case(B=1, T=256, N=2, K=2, H=8, causal=False, window=33),
     "fewer-kv-heads-than-devices": Case(
         B=2, T=128, N=4, K=2, H=8, causal=True, mesh=sharding.Config(fsdp=2, tensor=4)
@@ -133,7 +134,29 @@ WAYS = {
 def test_every_way_equals_torch(case, way):
     if way == "cudnn" and case.softcap is not None:
         pytest.skip("cuDNN has no soft caps")
-    attend = WAYS[way]
+    _check(case, WAYS[way])
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "window", "block"),
+    [
+        (512, 512, 64, None, 512),
+        (1536, 1536, 64, None, 1536),
+        (2048, 2048, 256, None, 1024),
+        (2048, 4096, 128, None, 2048),  # the half of a row
+        (4096, 4096, 128, 2048, 2048),
+        (4096, 4096, 128, 1024, None),
+        (4096, 4096, 256, None, None),
+        (8192, 8192, 64, None, None),
+    ],
+)
+def test_where_one_kernel_gives_all_gradients(queries, keys, width, window, block):
+    sizes = splash.choose_blocks(queries, keys, width, window)
+    assert sizes.use_fused_bwd_kernel == (block is not None)
+    assert sizes.block_kv_dkv == (block or 512)
+
+
+def _check(case, attend):
     if case.mesh is None:
         ours = _by_jax(case, attend)
     else:
