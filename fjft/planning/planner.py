@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from fjft import sharding
-from fjft.build import build_experiment, override
+from fjft.build import Experiment, build_experiment, override
 from fjft.errors import UserError
 from fjft.planning.compiling import compile_experiment
 from fjft.planning.report import Report, make_report
@@ -80,11 +80,10 @@ class Planner:
           UserError: The changed config will not do.
         """
         changes = dict(changes or {})
-        key = tuple(sorted(changes.items()))
+        e = self._change(changes)
+        mesh = sharding.make_mesh(e.mesh, self.target.devices)
+        key = mesh, repr(dataclasses.replace(e, mesh=sharding.Config()))
         if key not in self._known:
-            config = copy.deepcopy(self.config)
-            override(config, changes)
-            e = build_experiment(config)
             steps = e.train.max_steps or None
             if steps is None and self._num_rows is not None:
                 batches = -(-self._num_rows // e.train.batch_size)
@@ -97,8 +96,20 @@ class Planner:
             )
         return self._known[key]
 
-    def max_batch(self, changes: Mapping[str, Any] | None = None) -> int:
+    def least_batch(self, changes: Mapping[str, Any]) -> int:
+        """One row for each of the devices that share the rows, times accumulation."""
+        e = self._change(changes)
+        mesh = sharding.make_mesh(e.mesh, self.target.devices)
+        return sharding.data_shards(mesh) * e.train.accumulation_steps
+
+    def max_batch(
+        self, changes: Mapping[str, Any] | None = None, slack: float = 0.0
+    ) -> int:
         """The largest `train.batch_size` that fits, 0 if not even the smallest does.
+
+        Args:
+          changes: Values by dotted key.
+          slack: How far below the largest is near enough, in parts of it.
 
         Raises:
           UserError: The memory of the target is not known.
@@ -110,11 +121,7 @@ class Planner:
                 "largest batch"
             )
         changes = dict(changes or {})
-        config = copy.deepcopy(self.config)
-        override(config, changes)
-        e = build_experiment(config)
-        mesh = sharding.make_mesh(e.mesh, self.target.devices)
-        unit = sharding.data_shards(mesh) * e.train.accumulation_steps
+        unit = self.least_batch(changes)
 
         def measure(units: int) -> tuple[bool, int]:
             report = self.plan(changes | {"train.batch_size": units * unit})
@@ -122,11 +129,20 @@ class Planner:
 
         start = self.plan(changes | {"train.batch_size": unit})
         static = sum(start.parts.values()) - start.parts["temporaries"]
-        return unit * largest_fitting(measure, static, limit)
+        return unit * largest_fitting(measure, static, limit, slack)
+
+    def _change(self, changes: Mapping[str, Any]) -> Experiment:
+        """The config with some options changed."""
+        config = copy.deepcopy(self.config)
+        override(config, changes)
+        return build_experiment(config)
 
 
 def largest_fitting(
-    measure: Callable[[int], tuple[bool, int]], static: int, limit: int
+    measure: Callable[[int], tuple[bool, int]],
+    static: int,
+    limit: int,
+    slack: float = 0.0,
 ) -> int:
     """The largest size that fits, in few measurements.
 
@@ -138,6 +154,7 @@ def largest_fitting(
       measure: Size -> whether it fits, and its bytes.
       static: Bytes that do not grow.
       limit: Bytes that there are.
+      slack: How far below the largest is near enough, in parts of it.
     """
     fits, peak = measure(1)
     if not fits:
@@ -145,7 +162,7 @@ def largest_fitting(
     fitting, refused = 1, None
     slope, base = max(peak - static, 1), static
     for _ in range(_MOST_COMPILES):
-        if refused == fitting + 1:
+        if refused is not None and refused - 1 <= fitting * (1 + slack):
             break
         guess = max(int((limit - base) / slope), fitting + 1)
         if refused is not None:

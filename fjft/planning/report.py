@@ -104,6 +104,12 @@ class Report:
         return self.batch_size * self.length / seconds if seconds else None
 
     @property
+    def most_tokens_per_second(self) -> float | None:
+        """What no batch is faster than: its products take as long for each token."""
+        seconds = self.compute_seconds
+        return self.batch_size * self.length / seconds if seconds else None
+
+    @property
     def mfu(self) -> float | None:
         """The share of the peak bfloat16 FLOP/s that the model's own would use."""
         if not self.step_seconds or not self.compute_seconds:

@@ -14,16 +14,25 @@ from fjft.training.fit import gib
 
 # Tokens a device whose logits exist at a time.
 CHUNKS = (512, 1024, 2048, 4096)
+# How near the largest batch is near enough, in parts of it, until the rest is settled.
+SLACK = 0.1
 
 Changes = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """Settings that were tried, and what came of them; None if they cannot be had."""
+    """Settings that were tried, and what came of them.
+
+    Attributes:
+      changes: Values by dotted key.
+      report: None if they cannot be had.
+      is_hopeless: No batch makes them the fastest, so only the smallest was tried.
+    """
 
     changes: Changes
     report: Report | None
+    is_hopeless: bool = False
 
     @property
     def speed(self) -> float:
@@ -35,8 +44,11 @@ class Tried:
     def describe(self) -> str:
         """One line."""
         settings = ", ".join(f"{k}={v}" for k, v in self.changes.items())
-        if not self.speed or self.report is None:
+        if self.report is None or not self.report.fits:
             return f"does not fit: {settings}"
+        if self.is_hopeless:
+            most = self.report.most_tokens_per_second
+            return f"at most {most:,.0f} tokens/s: {settings}"
         return f"{self.speed:,.0f} tokens/s, {gib(self.report.peak_bytes)}: {settings}"
 
 
@@ -44,7 +56,9 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
     """Searches the settings of highest estimated tokens a second that fit.
 
     One kind of setting after the other: how devices share the work, what is
-    recomputed, how many logits exist at a time; each with the largest batch that fits.
+    recomputed, how many logits exist at a time; each with about the largest batch that
+    fits, and the best one in the end with the largest. Settings whose products alone
+    take longer than the best so far are given up after one compile.
 
     Args:
       planner: Of the config to start from.
@@ -62,7 +76,7 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
     best = Tried({}, None)
     for choices in (_meshes(planner), _remats(), _chunks(planner)):
         for choice in choices:
-            tried = _try(planner, best.changes | choice)
+            tried = _try(planner, best.changes | choice, best.speed)
             say(tried.describe())
             if tried.speed > best.speed:
                 best = tried
@@ -72,18 +86,31 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
             "recomputed; use a smaller data.max_length, peft.method=lora, or more "
             "devices"
         )
-    return best
+    largest = _try(planner, best.changes, slack=0.0)
+    say(largest.describe())
+    return max(best, largest, key=lambda tried: tried.speed)
 
 
-def _try(planner: Planner, changes: Changes) -> Tried:
+def _try(
+    planner: Planner, changes: Changes, to_beat: float = 0.0, slack: float = SLACK
+) -> Tried:
+    """Settings with the largest batch, or the smallest if no batch beats the best."""
     changes = changes | {"train.accumulation_steps": 1}
     changes.pop("train.batch_size", None)
+
+    def plan(batch: int) -> Tried:
+        sized = changes | {"train.batch_size": batch}
+        return Tried(sized, planner.plan(sized))
+
     try:
-        batch = planner.max_batch(changes)
+        least = plan(planner.least_batch(changes))
     except UserError:
         return Tried(changes, None)  # a mesh that the model does not divide over
-    changes["train.batch_size"] = batch
-    return Tried(changes, planner.plan(changes) if batch else None)
+    if least.report is None or not least.report.fits:
+        return least
+    if (least.report.most_tokens_per_second or 0.0) <= to_beat:
+        return dataclasses.replace(least, is_hopeless=True)
+    return plan(planner.max_batch(changes, slack))
 
 
 def _meshes(planner: Planner) -> Iterator[Changes]:
