@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
+from fjft.data.files import TEXTS
 from fjft.errors import UserError
 
 TRAIN_ON = ("assistant", "last", "all")
-TRUNCATION = ("drop", "truncate")
+TRUNCATION = ("drop", "truncate", "split")
 PROBLEM_TYPES = (
     "single_label_classification",
     "multi_label_classification",
@@ -53,7 +54,11 @@ class Config:
         last one) or `all` (every token). Of a prompt/completion pair the first two
         learn the completion. Of plain text everything is learned.
       truncation: What happens to examples longer than `max_length`: `drop`, or
-        `truncate` to their first `max_length` tokens. Both are counted.
+        `truncate` to their first `max_length` tokens; both are counted. `split` makes
+        several examples of a plain text, so that all of it is learned, and drops
+        others. (Where tokens are hidden or spans taken out, texts are always split.)
+      sample_by: What a row of a `.txt` file is: a `paragraph` (blank lines end it), a
+        `line`, or the whole file as a `document`.
       chat_template: A Jinja file used instead of the tokenizer's chat template.
       problem_type: What whole examples are labelled with, where that is learned:
         `single_label_classification`, `multi_label_classification` or `regression`.
@@ -90,6 +95,7 @@ class Config:
     buckets: tuple[int, ...] = ()
     train_on: str = "assistant"
     truncation: str = "drop"
+    sample_by: str = "paragraph"
     chat_template: str = ""
     problem_type: str = "single_label_classification"
     text_columns: str = "text"
@@ -112,6 +118,10 @@ class Config:
             raise UserError(
                 f"data.truncation is {self.truncation!r}; "
                 f"use one of {', '.join(TRUNCATION)}"
+            )
+        if self.sample_by not in TEXTS:
+            raise UserError(
+                f"data.sample_by is {self.sample_by!r}; use one of {', '.join(TEXTS)}"
             )
         if self.problem_type not in PROBLEM_TYPES:
             raise UserError(

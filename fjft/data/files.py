@@ -52,13 +52,18 @@ def suffix_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_file(path: Path, sample_by: str = "paragraph") -> Iterator[Row]:
     """Streams one file's rows; what cannot be decoded becomes a row with an error.
+
+    Args:
+      path: The file.
+      sample_by: What a row of plain text is, a key of `TEXTS`.
 
     Raises:
       UserError: The file cannot be opened.
     """
-    reader = SUFFIXES[suffix_of(path) or ""]
+    suffix = suffix_of(path) or ""
+    reader = TEXTS[sample_by] if suffix == ".txt" else SUFFIXES[suffix]
     try:
         opener = gzip.open if path.suffix.lower() == ".gz" else open
         stream = opener(path, "rb")
@@ -145,8 +150,20 @@ def _read_tsv(stream: BinaryIO) -> Iterator[Record]:
     return _read_csv(stream, delimiter="\t")
 
 
-def _read_text(stream: BinaryIO) -> Iterator[Record]:
-    """Paragraphs: each run of lines between blank lines is one document."""
+def _read_lines(stream: BinaryIO) -> Iterator[Record]:
+    for number, line in enumerate(_decode(stream), 1):
+        if line.strip():
+            yield _make_document([line], number)
+
+
+def _read_document(stream: BinaryIO) -> Iterator[Record]:
+    lines = list(_decode(stream))
+    if any(line.strip() for line in lines):
+        yield _make_document(lines, 1)
+
+
+def _read_paragraphs(stream: BinaryIO) -> Iterator[Record]:
+    """Each run of lines between blank lines is one document."""
     lines: list[str] = []
     start = 1
     for number, line in enumerate(_decode(stream), 1):
@@ -217,13 +234,19 @@ def _read_dictionary(stream: BinaryIO) -> Iterator[Record]:
             yield {"source": word, "target": meaning.strip()}, number, None
 
 
+# The names are those of datasets' loader of text.
+TEXTS = {
+    "paragraph": _read_paragraphs,
+    "line": _read_lines,
+    "document": _read_document,
+}
 SUFFIXES = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
-    ".txt": _read_text,
+    ".txt": _read_paragraphs,
     ".dict": _read_dictionary,
     ".yml": _read_yaml,
     ".yaml": _read_yaml,

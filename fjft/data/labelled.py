@@ -133,7 +133,7 @@ def find_labels(config: Config) -> Labels:
     names = list_specs(config.label_names)
     if not names:
         found: set[str] = set()
-        for row in read_rows(config.train):
+        for row in read_rows(config.train, sample_by=config.sample_by):
             try:
                 found.update(_read_names(row.values, config))
             except MalformedError:

@@ -78,13 +78,14 @@ class Reader:
     def __init__(self, config: Config, encoder: Encoder, seed: int):
         self._encoder = encoder
         self._strict = config.strict
+        self._sample_by = config.sample_by
         self._instructions = Instructions(config, seed)
 
     def read(self, sources: Mapping[str, Any], split: str) -> Iterator[Sampled]:
         """Reads the rows of sources, one source after the other."""
         number = itertools.count()
         for name, specs in sources.items():
-            for row in read_rows(specs, split):
+            for row in read_rows(specs, split, self._sample_by):
                 yield self._read_row(next(number), name, row)
 
     def _read_row(self, number: int, source: str, row: Row) -> Sampled:

@@ -24,7 +24,9 @@ def list_specs(sources: Sources) -> list[str]:
     return [spec for text in texts for spec in list_specs(text)]
 
 
-def read_rows(sources: Sources, split: str = "train") -> Iterator[Row]:
+def read_rows(
+    sources: Sources, split: str = "train", sample_by: str = "paragraph"
+) -> Iterator[Row]:
     """Streams the rows of one source or several, one after the other.
 
     Args:
@@ -33,6 +35,7 @@ def read_rows(sources: Sources, split: str = "train") -> Iterator[Row]:
         Parquet may also end in `.gz`. A directory means every such file below it,
         sorted.
       split: The split of a Hugging Face dataset whose spec names none.
+      sample_by: What a row of a `.txt` file is, a key of `files.TEXTS`.
 
     Yields:
       Rows in order; a record that cannot be read is a row with `error` set.
@@ -45,7 +48,7 @@ def read_rows(sources: Sources, split: str = "train") -> Iterator[Row]:
         if paths is None:
             yield from read_hub(spec, split)
         for path in paths or ():
-            yield from read_file(path)
+            yield from read_file(path, sample_by)
 
 
 def find_files(spec: str) -> list[Path] | None:

@@ -120,7 +120,7 @@ def find_labels(config: Config) -> Labels:
     names = list_specs(config.label_names)
     if not names:
         found: set[str] = set()
-        for row in read_rows(config.train):
+        for row in read_rows(config.train, sample_by=config.sample_by):
             try:
                 found.update(_read_tagged(row.values, config).tags)
             except MalformedError:

@@ -21,6 +21,7 @@ from fjft.data.templates import (
     MalformedError,
     Pair,
     Sample,
+    Text,
     add_system,
     read_sample,
 )
@@ -133,7 +134,7 @@ class Encoder:
 
     def _make_example(
         self, sample: Sample, text: str, ids: list[int], offsets: list[Span]
-    ) -> Example:
+    ) -> Example | list[Example]:
         turns = self._find_turns(sample, text)
         turns = [_find_tokens(offsets, start, end) for start, end in turns]
         if not isinstance(sample, Chat):
@@ -141,11 +142,14 @@ class Encoder:
             ids = [*self._before, *ids, *self._after]
             # The end that follows the last character belongs to the turn.
             turns = [(start + shift, len(ids)) for start, _ in turns]
-        runs = [(0, len(ids))] if self._config.train_on == "all" else turns
         input_ids = np.array(ids, np.int32)
         is_truncated = len(ids) > self._config.max_length
+        is_split = self._config.truncation == "split" and isinstance(sample, Text)
+        if is_truncated and is_split:
+            return self._split(input_ids)
+        runs = [(0, len(ids))] if self._config.train_on == "all" else turns
         if is_truncated:
-            if self._config.truncation == "drop":
+            if self._config.truncation != "truncate":
                 raise MalformedError(
                     f"longer than max_length = {self._config.max_length} tokens",
                     f"{len(ids)} tokens",
@@ -162,6 +166,19 @@ class Encoder:
         end_tokens = tuple(i for i in ends if i in self._special_ids)
         columns = {"input_ids": input_ids, "labels": labels}
         return Example(columns, None, end_tokens, is_truncated)
+
+    def _split(self, ids: np.ndarray) -> list[Example]:
+        """A text's pieces; before the first token of each there is nothing to see."""
+        examples = []
+        for start in range(0, len(ids) - 1, self._config.max_length):
+            piece = ids[start : start + self._config.max_length]
+            labels = piece.copy()
+            labels[0] = IGNORED
+            is_end = start + len(piece) == len(ids) and ids[-1] in self._special_ids
+            end_tokens = (int(ids[-1]),) if is_end else ()
+            columns = {"input_ids": piece, "labels": labels}
+            examples.append(Example(columns, None, end_tokens))
+        return examples
 
     def _find_turns(self, sample: Sample, text: str) -> list[Span]:
         """The characters of the assistant's turns, the completion or the document."""

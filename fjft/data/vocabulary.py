@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fjft.data.sources import Sources, read_rows
+from fjft.data.config import Config
+from fjft.data.sources import read_rows
 from fjft.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ KINDS: Mapping[str, Callable[[list[str], int], tuple["tokenizers.Tokenizer", Any
 }
 
 
-def read_texts(sources: Sources) -> Iterator[str]:
-    """Streams all texts that the rows of some sources hold, in whatever columns."""
-    for row in read_rows(sources):
+def read_texts(config: Config) -> Iterator[str]:
+    """Streams all texts that the rows of the training data hold, in any columns."""
+    for row in read_rows(config.train, sample_by=config.sample_by):
         yield from _texts_of(row.values)
 
 

@@ -24,7 +24,7 @@ def ensure_tokenizer(e: Experiment) -> str:
         files = e.model.open()
         tokenizer = train_tokenizer(
             e.model.tokenizer,
-            read_texts(e.data.train),
+            read_texts(e.data),
             files.config.vocab_size,
             _form(files),
         )

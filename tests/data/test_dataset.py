@@ -172,6 +172,25 @@ def test_truncated_rows_are_counted(chatml, write):
     assert len(train.examples) == 2
 
 
+def test_long_texts_can_be_split_so_that_nothing_is_lost(chatml, write):
+    text = " ".join(f"word{i}" for i in range(50))
+    path = write({"text": text}, {"text": "short"}, pair(2, n=500))
+    config = Config(train=path, max_length=64, truncation="split", packing=False)
+    train, _, report = load_examples(config, chatml)
+    pieces = [train.examples[i] for i in range(len(train.examples) - 1)]
+    assert report.rejected_rows == 1  # A pair stays whole.
+    assert [piece.columns["input_ids"].size for piece in pieces[:-1]] == [64] * (
+        len(pieces) - 1
+    )
+    ids = np.concatenate([piece.columns["input_ids"] for piece in pieces])
+    assert ids.tolist() == [*chatml(text)["input_ids"], chatml.eos_token_id]
+    for piece in pieces:
+        labels = piece.columns["labels"]
+        assert labels[0] == IGNORED
+        np.testing.assert_array_equal(labels[1:], piece.columns["input_ids"][1:])
+    assert report.end_tokens == {chatml.eos_token_id: 2}
+
+
 def test_chat_template_from_a_file(tokenizer, template, write, tmp_path):
     path = write({"conversations": ["Hi", "Hello"]})
     (tmp_path / "chat.jinja").write_text(template)
@@ -228,7 +247,8 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch, error):
     ("field", "value"),
     [
         ("train_on", "user"),
-        ("truncation", "split"),
+        ("truncation", "cut"),
+        ("sample_by", "word"),
         ("max_length", 1),
         ("eval_size", -1),
         ("eval_size", 2.5),

@@ -87,13 +87,19 @@ def test_csv_field_longer_than_the_default_limit(tmp_path):
     assert len(read(tmp_path / "a.csv")[0].values["text"]) == 200_000
 
 
-def test_text_paragraphs(tmp_path):
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("paragraph", [("one\ntwo", 1), ("three", 6)]),
+        ("line", [("one", 1), ("two", 2), ("three", 6)]),
+        ("document", [("one\ntwo\n\n \n\nthree", 1)]),
+    ],
+)
+def test_rows_of_a_text(tmp_path, sample_by, expected):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n \n\nthree\n")
-    assert summary(read(path)) == [
-        ({"text": "one\ntwo"}, 1, None),
-        ({"text": "three"}, 6, None),
-    ]
+    rows = list(read_rows(str(path), sample_by=sample_by))
+    assert [(row.values["text"], row.line) for row in rows] == expected
 
 
 def test_parquet(tmp_path):

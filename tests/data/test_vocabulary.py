@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 import transformers
 
+from fjft.data.config import Config
 from fjft.data.vocabulary import AROUND, KINDS, SENTINELS, read_texts, train_tokenizer
 from fjft.errors import UserError
 
@@ -17,7 +18,7 @@ VOCAB_SIZE = 3000
 def texts():
     """Small talk in two languages."""
     sources = [f"package:chatterbot_corpus/data/{name}/*.yml" for name in LANGUAGES]
-    return list(read_texts(sources))
+    return list(read_texts(Config(train=tuple(sources))))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -83,4 +84,8 @@ def test_too_few_tokens_are_refused(texts, kind, size, message):
 def test_texts_are_found_in_every_column(tmp_path):
     row = {"text": "a", "n": 3, "messages": [{"role": "user", "content": "b"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    assert list(read_texts(str(tmp_path / "rows.jsonl"))) == ["a", "user", "b"]
+    assert list(read_texts(Config(train=str(tmp_path / "rows.jsonl")))) == [
+        "a",
+        "user",
+        "b",
+    ]

@@ -12,6 +12,7 @@ from tiny_experiment import TEXT, make_config, start
 import fjft
 from fjft.build import build_experiment
 from fjft.cli.main import main
+from fjft.data.config import Config
 from fjft.data.vocabulary import read_texts
 from fjft.training.tokenizer import ensure_tokenizer
 
@@ -22,7 +23,9 @@ SAID = "What is 人工智能?"
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """Small talk in two languages, a text each."""
-    lines = [json.dumps({"text": text}) for text in read_texts([TEXT, CHINESE])]
+    lines = [
+        json.dumps({"text": text}) for text in read_texts(Config(train=(TEXT, CHINESE)))
+    ]
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text("\n".join(lines[::2]))
     return str(path)
