@@ -29,6 +29,7 @@ from fjft.data.sources import list_specs
 from fjft.errors import UserError
 from fjft.evaluate import overlap
 from fjft.evaluate.metrics import METRICS
+from fjft.models.attention import WAYS
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.narrow import KINDS
 from fjft.models.stack import REMAT_POLICIES
@@ -74,6 +75,9 @@ class ModelConfig:
         `num_hidden_layers`.
       tokenizer: A key of `vocabulary.KINDS`: such a model has a tokenizer trained on
         `data.train`, of at most `vocab_size` tokens; "" is that of `source`.
+      attention: `auto` attends by a kernel where the device has one, as TPUs and GPUs
+        since Ampere have; `xla` leaves it to the compiler, in a run and its own
+        evaluations.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
@@ -85,12 +89,14 @@ class ModelConfig:
     from_scratch: bool = False
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
+    attention: str = "auto"
     remat: str = "full"
 
     def __post_init__(self):
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.quantization", self.quantization, QUANTIZATIONS)
         check_name("model.matmuls", self.matmuls, ("", *KINDS))
+        check_name("model.attention", self.attention, WAYS)
         check_name("model.remat", self.remat, REMAT_POLICIES)
         if self.matmuls and self.quantization:
             raise UserError(

@@ -28,6 +28,7 @@ from fjft.checkpoint.quantizing import (
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.data.examples import Labels
 from fjft.errors import UserError
+from fjft.models.attention import set_way
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
@@ -140,6 +141,7 @@ def draw_model(
     mesh: Mesh,
     quantization: str = "",
     matmuls: str = "",
+    attention: str = "auto",
 ) -> Blueprint:
     """Draws a model with a method's adapters attached; nothing is allocated.
 
@@ -151,6 +153,7 @@ def draw_model(
       mesh: Where the parameters will lie.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
       matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
+      attention: One of `attention.WAYS`.
 
     Raises:
       UserError: The model type is unknown, or a parameter does not divide over the
@@ -170,6 +173,7 @@ def draw_model(
         if matmuls:
             for site in linear_maps(model, table):
                 module_at(model, site.module).matmuls = matmuls
+        set_way(model, attention)
         if method is not None:
             method.attach(model, table, peft_config, rngs)
         return model
@@ -209,6 +213,7 @@ def build_model(
     num_labels: int | None = None,
     quantization: str = "",
     matmuls: str = "",
+    attention: str = "auto",
 ) -> Any:
     """Loads a pretrained model onto a mesh, with a method's adapters attached.
 
@@ -227,6 +232,7 @@ def build_model(
         A stored head for another number is made new.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
       matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
+      attention: One of `attention.WAYS`.
 
     Raises:
       UserError: The model type is unknown, its weights do not fit its config, or a
@@ -241,6 +247,7 @@ def build_model(
         mesh=mesh,
         quantization=quantization,
         matmuls=matmuls,
+        attention=attention,
     )
     arch, table = blueprint.model.arch, blueprint.sites
     matched = match(

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
@@ -12,6 +13,26 @@ from fjft.models.mask import Mask
 from fjft.models.splash import splash_attention
 
 ATTENTION = "attention"  # what remat policies call its output and the scores' norms
+
+# What `model.attention` may name: a kernel where the device has one, or none.
+WAYS = ("auto", "xla")
+
+
+class Attending(nnx.Module):
+    """A module that attends.
+
+    Attributes:
+      way: One of `WAYS`.
+    """
+
+    way: str = "auto"
+
+
+def set_way(model: nnx.Module, way: str) -> None:
+    """Lets all of a model's modules attend in one of `WAYS`."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Attending):
+            module.way = way
 
 
 def attention(
@@ -25,6 +46,7 @@ def attention(
     bias_BNTS: Float[Array, "#B N T S"] | None = None,
     dropout: float = 0.0,
     rng: Key[Array, ""] | None = None,
+    way: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
@@ -42,10 +64,11 @@ def attention(
       bias_BNTS: Added to the scores after that, such as T5's relative positions.
       dropout: Share of the probabilities that is dropped; scores are kept then.
       rng: Turns that on.
+      way: One of `WAYS`.
     """
     drops = dropout > 0 and rng is not None
     platform, kind = _device()
-    is_plain = mask.keys is None and bias_BNTS is None and not drops
+    is_plain = way == "auto" and mask.keys is None and bias_BNTS is None and not drops
     if is_plain and platform == "tpu":
         return splash_attention(
             q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, name=ATTENTION

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fjft.models.attention import attention
+from fjft.models.attention import Attending, attention
 from fjft.models.cache import Cache
 from fjft.models.layers import (
     ACTIVATIONS,
@@ -157,7 +157,7 @@ def make_norm(make: Maker, arch: Architecture, size: int) -> nnx.Module:
     return RMSNorm(make, size, eps=arch.norm_eps, offset=offset)
 
 
-class Attention(nnx.Module):
+class Attention(Attending):
     """Grouped-query attention with RoPE (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(self, make: Maker, arch: Architecture, kind: Kind):
@@ -229,6 +229,7 @@ class Attention(nnx.Module):
             softcap=self.softcap,
             dropout=self.dropout,
             rng=None if rng is None else jax.random.fold_in(rng, DROPOUT_STREAM),
+            way=self.way,
         )
         return self.o(out.reshape(*x_BTD.shape[:2], -1), rng), cache
 

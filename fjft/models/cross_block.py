@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from fjft.models.attention import attention
+from fjft.models.attention import Attending, attention
 from fjft.models.cache import Cache
 from fjft.models.layers import (
     ACTIVATIONS,
@@ -151,7 +151,7 @@ class View:
     prefix: Prefix | None
 
 
-class Attention(nnx.Module):
+class Attention(Attending):
     """Multi-head attention on the own stack or on the encoder (Vaswani et al. 2017)."""
 
     def __init__(self, make: Maker, arch: Architecture, side: Side):
@@ -194,6 +194,7 @@ class Attention(nnx.Module):
             bias_BNTS=bias,
             dropout=self.dropout,
             rng=own_key(rng, "attention dropout"),
+            way=self.way,
         )
         return self.o(out.reshape(*x_BTD.shape[:2], -1), rng)
 

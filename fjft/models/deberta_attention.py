@@ -102,6 +102,7 @@ class DisentangledAttention(SelfAttention):
             bias_BNTS=bias,
             dropout=self.dropout,
             rng=own_key(rng, "attention dropout"),
+            way=self.way,
         )
         return self.o(out.reshape(x_BTD.shape), rng)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from fjft.models.attention import attention
+from fjft.models.attention import Attending, attention
 from fjft.models.encoder_head import Plan
 from fjft.models.layers import (
     ACTIVATIONS,
@@ -166,7 +166,7 @@ class Embeddings(nnx.Module):
         return x
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Attending):
     """Multi-head attention in both directions (Vaswani et al. 2017)."""
 
     def __init__(self, make: Maker, arch: Architecture):
@@ -194,6 +194,7 @@ class SelfAttention(nnx.Module):
             scale=self.head_dim**-0.5,
             dropout=self.dropout,
             rng=own_key(rng, "attention dropout"),
+            way=self.way,
         )
         return self.o(out.reshape(x_BTD.shape), rng)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.models import encoder_head, heads, rope
-from fjft.models.attention import attention
+from fjft.models.attention import Attending, attention
 from fjft.models.encoder import Encoder, named_rows
 from fjft.models.encoder_block import Architecture, Dropout
 from fjft.models.encoder_head import Plan
@@ -66,7 +66,7 @@ class ModernBertArchitecture(Architecture):
 Context = dict[bool, tuple[Mask, rope.Rotation]]
 
 
-class Block(nnx.Module):
+class Block(Attending):
     """One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     def __init__(self, make: Maker, arch: ModernBertArchitecture, kind: Kind):
@@ -122,6 +122,7 @@ class Block(nnx.Module):
             scale=self.arch.head_dim**-0.5,
             dropout=rates.attention,
             rng=own_key(rng, "attention dropout"),
+            way=self.way,
         )
         out = self.o(out.reshape(x_BTD.shape), rng)
         key = own_key(rng, "attention output")

@@ -126,6 +126,7 @@ def build_run(
         seed=e.train.seed,
         quantization=e.model.quantization,
         matmuls=e.model.matmuls,
+        attention=e.model.attention,
         head=head,
         num_labels=num_labels,
     )

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+import tiny
+import tiny_encoders
+import tiny_seq2seq
 import torch
 from jax.extend.core import Primitive
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -186,6 +189,33 @@ def test_a_mesh_of_tpus_never_holds_scores_or_a_mask():
     assert not any(np.prod(s) >= case.T**2 and case.T in s[-1:] for s in shapes)
     shapes, _ = _shapes_on("cpu")
     assert any(s[-2:] == (case.T, case.T) for s in shapes)
+
+
+@pytest.mark.parametrize(
+    ("make_twin", "inputs"),
+    [
+        (lambda: tiny.torch_model("llama/llama3-rope-biases"), {}),
+        (lambda: tiny_encoders.torch_model("bert/tanh-gelu/masked_lm"), {}),
+        (lambda: tiny_encoders.torch_model("modernbert/biases-mean/masked_lm"), {}),
+        (
+            lambda: tiny_seq2seq.torch_model("bart/post-norm"),
+            {"decoder_input_ids": jnp.asarray(tiny.random_ids(2, 8))},
+        ),
+    ],
+    ids=["llama", "bert", "modernbert", "bart"],
+)
+def test_a_model_may_be_told_to_take_no_kernel(monkeypatch, make_twin, inputs):
+    monkeypatch.setattr("fjft.models.attention._device", lambda: ("tpu", ""))
+    files = tiny.memory_files(make_twin())
+    taken = {}
+    for way in ("auto", "xla"):
+        model = tiny.build_model(files, attention=way)
+        jaxpr = jax.make_jaxpr(functools.partial(model, **inputs))(
+            tiny.random_ids(2, 8)
+        )
+        names = {e.primitive.name for e in jaxprs.equations(jaxpr.jaxpr)}
+        taken[way] = "pallas_call" in names
+    assert taken == {"auto": True, "xla": False}
 
 
 @pytest.mark.parametrize("option", ["bias", "dropout"])
