@@ -49,6 +49,9 @@ def _count(eqn: Any, rates: Mapping[str, float]) -> float:
             return float(params["cost_estimate"].flops)
         cells = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
         return cells * count_flops(params["jaxpr"], rates)
+    if name == "jit" and not eqn.outvars:
+        # A kernel that a remat policy saved: the trace keeps it, the compiler does not.
+        return 0.0
     leaves = jax.tree.leaves(params, is_leaf=_is_jaxpr)
     inside = [count_flops(leaf, rates) for leaf in leaves if _is_jaxpr(leaf)]
     if name == "cond":

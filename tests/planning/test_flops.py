@@ -51,6 +51,12 @@ def test_a_scan_counts_every_turn():
     assert flops(nested, X, W) == 15 * ONE
 
 
+def test_what_gives_nothing_does_not_count():
+    """As a kernel that a remat policy saved, which has effects of its own."""
+    jaxpr = jax.make_jaxpr(jax.jit(lambda x, w: jax.debug.print("{}", (x @ w)[0])))
+    assert count_flops(jaxpr(X, W[0])) == 0
+
+
 def test_recomputation_is_seen():
     def loss(remat):
         def body(x, w):
