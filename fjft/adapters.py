@@ -14,6 +14,7 @@ from flax import nnx
 from fjft import sharding, tree
 from fjft.checkpoint import adapter as adapter_files
 from fjft.errors import UserError
+from fjft.models.layers import Rngs
 from fjft.models.weights import Site, module_at
 from fjft.options import check_name, make_section
 from fjft.peft import combine, lora, several, targets
@@ -60,7 +61,7 @@ def _with_adapter(model: Any, name: str, directory: str | Path) -> Any:
     check_name(f"peft_type of adapter {name!r}", described.get("peft_type"), ("LORA",))
     config = lora.from_peft(described)
     copy = tree.merge(*tree.split(model))
-    lora.attach(copy, provenance.sites, config, nnx.Rngs(0))
+    lora.attach(copy, provenance.sites, config, Rngs(0))
     modules = list(targets.adapters(copy, provenance.sites))
     if (
         config.modules_to_save
@@ -197,7 +198,7 @@ def _plain_adapter(linear: Any, found: list, rank: int) -> Any:
     if not any(ranks):
         return nnx.data(None)
     scales = tuple(float(r > 0) for r in ranks)
-    adapter = Adapter(nnx.Rngs(0), linear, ranks, scales)
+    adapter = Adapter(Rngs(0), linear, ranks, scales)
     adapter.a[...] = jnp.asarray(a.reshape(*stack, rank, size_in))
     adapter.b[...] = jnp.asarray(b.reshape(*stack, size_out, rank))
     return nnx.data(adapter)

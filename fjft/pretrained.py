@@ -33,7 +33,7 @@ from fjft.models.codes import QUANTIZATIONS
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
 from fjft.models.heads import with_head
-from fjft.models.layers import Maker
+from fjft.models.layers import Maker, Rngs
 from fjft.models.weights import Site, module_at, sites
 from fjft.options import DTYPES, check_name
 from fjft.peft.methods import METHODS
@@ -109,7 +109,7 @@ class Blueprint:
     graphdef: nnx.GraphDef
     params: dict[str, jax.ShapeDtypeStruct]
     sites: Sequence[Site]
-    make: Callable[[nnx.Rngs], Any]
+    make: Callable[[Rngs], Any]
 
     @property
     def shardings(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def draw_model(
     family, arch = read_architecture(files)
     cuts = method.cuts(peft_config, arch.num_layers) if method else ()
 
-    def make(rngs: nnx.Rngs) -> Any:
+    def make(rngs: Rngs) -> Any:
         make_model = family.MODEL
         if getattr(arch, "num_labels", None):
             make_model = family.CLASSIFIER
@@ -183,7 +183,7 @@ def draw_model(
             return lambda path: False
         return method.is_trainable(peft_config, table)
 
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make(Rngs(0)))
     table = sites(family.rows(arch), model)
     graphdef, abstract = tree.split(model)
     trainable = find_trainable(table)
@@ -286,7 +286,7 @@ def build_model(
         init = jax.jit(
             lambda key: {
                 path: value.astype(blueprint.params[path].dtype)
-                for path, value in tree.split(blueprint.make(nnx.Rngs(key)))[1].items()
+                for path, value in tree.split(blueprint.make(Rngs(key)))[1].items()
                 if path in new
             },
             out_shardings=new,

@@ -14,7 +14,7 @@ from flax import nnx
 from fjft import tree
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
-from fjft.models.layers import Maker
+from fjft.models.layers import Maker, Rngs
 
 DEPTHS = 4, 16, 64
 NAMES = (
@@ -87,7 +87,7 @@ def make_model(case: str, depth: int) -> Any:
     arch = family.architecture(fields)
 
     def make() -> Any:
-        return family.MODEL(arch, Maker(nnx.Rngs(0), jnp.float32), "float32")
+        return family.MODEL(arch, Maker(Rngs(0), jnp.float32), "float32")
 
     return nnx.eval_shape(make)
 

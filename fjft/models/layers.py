@@ -41,6 +41,25 @@ def normal(std: float, cutoff: float | None = None) -> Initializer:
     return jax.nn.initializers.truncated_normal(std, lower=-cutoff, upper=cutoff)
 
 
+class Rngs:
+    """Keys for new parameters, one after the other: those of an `nnx.Rngs`.
+
+    They are counted in Python. Flax counts in an array, and to add to one that is being
+    traced takes longer than to make the parameter.
+
+    Args:
+      seed: A number, or a key.
+    """
+
+    def __init__(self, seed: int | Key[Array, ""]):
+        self.key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self.count = 0
+
+    def __call__(self) -> Key[Array, ""]:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Maker:
     """Makes parameters: one row gives shape, logical axes and initializer.
@@ -51,14 +70,14 @@ class Maker:
       stack: Leading axes that the caller's layers are stacked over, `()` or `(L,)`.
     """
 
-    rngs: nnx.Rngs
+    rngs: Rngs
     dtype: Any
     stack: tuple[int, ...] = ()
 
     def __call__(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer
     ) -> nnx.Param:
-        value = init(self.rngs.params(), (*self.stack, *shape), self.dtype)
+        value = init(self.rngs(), (*self.stack, *shape), self.dtype)
         return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
 
 

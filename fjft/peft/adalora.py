@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from fjft import tree
 from fjft.distributed import fetch
-from fjft.models.layers import Linear, Maker, dropout
+from fjft.models.layers import Linear, Maker, Rngs, dropout
 from fjft.models.weights import Site, module_at
 from fjft.peft import allocation, existing, saved, targets
 from fjft.peft.adalora_config import Config as Config
@@ -50,7 +50,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         linear: Linear,
         ranks: tuple[int | None, ...],
         scale: float,
@@ -99,7 +99,7 @@ cuts = existing.cuts
 
 
 def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
+    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: Rngs
 ) -> None:
     """Puts an adapter into each targeted linear map.
 

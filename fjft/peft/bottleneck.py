@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.layers import ACTIVATIONS, Initializer, Maker, broadcast, dropout
+from fjft.models.layers import ACTIVATIONS, Initializer, Maker, Rngs, broadcast, dropout
 from fjft.models.layers import normal as normal_numbers
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, saved
@@ -113,7 +113,7 @@ class Bottlenecks(nnx.Module):
 cuts = existing.cuts
 
 
-def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) -> None:
+def attach(model: Any, sites: Sequence[Site], config: Config, rngs: Rngs) -> None:
     """Puts adapters into every layer's slot.
 
     Raises:

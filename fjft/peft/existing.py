@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from fjft.models.layers import Rngs
 from fjft.models.weights import Site, module_at
 
 
@@ -15,9 +16,7 @@ def cuts(config: Any, num_layers: int) -> tuple[int, ...]:
     return ()
 
 
-def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Any, rngs: nnx.Rngs
-) -> None:
+def attach(model: nnx.Module, sites: Sequence[Site], config: Any, rngs: Rngs) -> None:
     """Adds nothing."""
     del model, sites, config, rngs
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker, broadcast
+from fjft.models.layers import Linear, Maker, Rngs, broadcast
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, options, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Fixed
@@ -58,7 +58,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         linear: Linear,
         layers: tuple[bool, ...],
         scales_input: bool,
@@ -108,7 +108,7 @@ cuts = existing.cuts
 
 
 def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
+    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: Rngs
 ) -> None:
     """Puts a vector beside each targeted linear map.
 

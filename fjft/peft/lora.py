@@ -12,7 +12,7 @@ from flax import nnx
 
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.layers import Embedding, Linear, TiedHead
+from fjft.models.layers import Embedding, Linear, Rngs, TiedHead
 from fjft.models.quantized import Quantized
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, saved, starts, targets
@@ -30,7 +30,7 @@ cuts = existing.cuts
 
 
 def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
+    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: Rngs
 ) -> None:
     """Puts an adapter beside each targeted linear map and table of tokens.
 

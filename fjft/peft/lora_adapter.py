@@ -12,6 +12,7 @@ from fjft.models.layers import (
     Embedding,
     Linear,
     Maker,
+    Rngs,
     Terms,
     broadcast,
     dropout,
@@ -65,7 +66,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         linear: Linear | Embedding,
         ranks: tuple[int, ...],
         scales: tuple[float, ...],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fjft.models.layers import Embedding, Maker, Terms
+from fjft.models.layers import Embedding, Maker, Rngs, Terms
 from fjft.peft.lora_adapter import Fixed
 from fjft.peft.low_rank import matrix
 
@@ -25,7 +25,7 @@ class TableAdapter(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         table: Embedding,
         rank: int,
         scale: float,

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fjft.errors import UserError
+from fjft.models.layers import Rngs
 from fjft.models.weights import Site
 from fjft.peft import prompt, virtual
 from fjft.peft.virtual import cuts, is_trainable, num_trainable, peft_tensors
@@ -55,7 +56,7 @@ class Encoder(virtual.Tokens):
     """Vectors that go through three linear maps with ReLUs between them."""
 
     def __init__(
-        self, rngs: nnx.Rngs, num_rows: int, size: int, num_tokens: int, width: int
+        self, rngs: Rngs, num_rows: int, size: int, num_tokens: int, width: int
     ):
         super().__init__(rngs, num_rows, size, num_tokens)
         self.first = virtual.make_linear(rngs, "first", (width, size), ("mlp", "embed"))
@@ -70,7 +71,7 @@ class Encoder(virtual.Tokens):
         return self.third(jax.nn.relu(self.second(hidden)))
 
 
-def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) -> None:
+def attach(model: Any, sites: Sequence[Site], config: Config, rngs: Rngs) -> None:
     """Puts the virtual tokens and their network before the model.
 
     Raises:
@@ -95,7 +96,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
         inference_mode=True,
         encoder_hidden_size=model.prompt.first.weight.shape[0],
     )
-    tokens = prompt.make_tokens(model, config, nnx.Rngs(0))
+    tokens = prompt.make_tokens(model, config, Rngs(0))
     return virtual.with_tokens(model, tokens, model.prompt.all_vectors()), config
 
 

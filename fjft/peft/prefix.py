@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fjft.errors import UserError
 from fjft.models.encoder_decoder import EncoderDecoder
-from fjft.models.layers import Maker, normal
+from fjft.models.layers import Maker, Rngs, normal
 from fjft.models.weights import Site
 from fjft.peft import virtual
 from fjft.peft.virtual import cuts, is_trainable, num_trainable, peft_tensors
@@ -61,7 +61,7 @@ class Prefix(nnx.Module):
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, num_tokens: int, heads: tuple[int, int, int], order: tuple
+        self, rngs: Rngs, num_tokens: int, heads: tuple[int, int, int], order: tuple
     ):
         L, K, H = heads
         make = Maker(rngs, jnp.float32)
@@ -98,7 +98,7 @@ class Projected(Prefix):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         num_tokens: int,
         heads: tuple[int, int, int],
         order: tuple,
@@ -123,7 +123,7 @@ class Projected(Prefix):
         return self.outer(jnp.tanh(self.inner(self.tokens[...])))
 
 
-def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) -> None:
+def attach(model: Any, sites: Sequence[Site], config: Config, rngs: Rngs) -> None:
     """Puts virtual keys and values before those of a decoder.
 
     Raises:
@@ -133,7 +133,7 @@ def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) ->
     virtual.is_trainable(config, sites)
 
 
-def _make_prefix(model: Any, config: Config, rngs: nnx.Rngs) -> Prefix:
+def _make_prefix(model: Any, config: Config, rngs: Rngs) -> Prefix:
     heads, order = _shape(model, config.num_layers)
     if config.is_projected:
         width = config.encoder_hidden_size
@@ -176,7 +176,7 @@ def plain(model: Any, sites: Sequence[Site], config: Config) -> tuple[Any, Confi
         return model, config
     width = model.prompt.inner.weight.shape[0]
     config = dataclasses.replace(config, inference_mode=True, encoder_hidden_size=width)
-    prefix = _make_prefix(model, config, nnx.Rngs(0))
+    prefix = _make_prefix(model, config, Rngs(0))
     return virtual.with_tokens(model, prefix, model.prompt.flat()), config
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fjft.errors import UserError
+from fjft.models.layers import Rngs
 from fjft.models.weights import Site
 from fjft.options import check_name
 from fjft.peft import virtual
@@ -51,7 +52,7 @@ class Config:
             )
 
 
-def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) -> None:
+def attach(model: Any, sites: Sequence[Site], config: Config, rngs: Rngs) -> None:
     """Puts the virtual tokens before the model.
 
     Raises:
@@ -61,7 +62,7 @@ def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) ->
     virtual.is_trainable(config, sites)
 
 
-def make_tokens(model: Any, config: Any, rngs: nnx.Rngs) -> virtual.Tokens:
+def make_tokens(model: Any, config: Any, rngs: Rngs) -> virtual.Tokens:
     """The vectors as they start."""
     n = config.num_virtual_tokens
     rows = n * config.num_transformer_submodules

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fjft.errors import UserError
-from fjft.models.layers import Embedding, Maker, Terms
+from fjft.models.layers import Embedding, Maker, Rngs, Terms
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, options, targets
 from fjft.peft.lora_adapter import ADAPTER
@@ -55,7 +55,7 @@ class Rows(nnx.Module):
       ids: The tokens that they are of.
     """
 
-    def __init__(self, rngs: nnx.Rngs, table: Embedding, ids: tuple[int, ...]):
+    def __init__(self, rngs: Rngs, table: Embedding, ids: tuple[int, ...]):
         axis = table.weight.get_metadata()["axes"][1]
         zeros = jax.nn.initializers.zeros  # until `start`
         make = Maker(rngs, jnp.float32)
@@ -91,7 +91,7 @@ class Rows(nnx.Module):
 cuts = existing.cuts
 
 
-def attach(model: Any, sites: Sequence[Site], config: Config, rngs: nnx.Rngs) -> None:
+def attach(model: Any, sites: Sequence[Site], config: Config, rngs: Rngs) -> None:
     """Puts vectors beside the table of tokens.
 
     Raises:

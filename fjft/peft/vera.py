@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker, Shared, broadcast, dropout
+from fjft.models.layers import Linear, Maker, Rngs, Shared, broadcast, dropout
 from fjft.models.weights import Site, module_at
 from fjft.peft import existing, options, saved, targets
 from fjft.peft.lora_adapter import ADAPTER, Fixed
@@ -70,7 +70,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         linear: Linear,
         layers: tuple[bool, ...],
         shared: tuple[Shared, Shared],
@@ -125,7 +125,7 @@ cuts = existing.cuts
 
 
 def attach(
-    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: nnx.Rngs
+    model: nnx.Module, sites: Sequence[Site], config: Config, rngs: Rngs
 ) -> None:
     """Puts an adapter into each targeted linear map; A and B are zero until `start`.
 

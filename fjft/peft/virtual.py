@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker, normal
+from fjft.models.layers import Linear, Maker, Rngs, normal
 from fjft.models.weights import Site
 from fjft.peft import existing, options, saved
 from fjft.peft.targets import PeftTensor
@@ -30,7 +30,7 @@ class Tokens(nnx.Module):
       num_tokens: The rows that are used.
     """
 
-    def __init__(self, rngs: nnx.Rngs, num_rows: int, size: int, num_tokens: int):
+    def __init__(self, rngs: Rngs, num_rows: int, size: int, num_tokens: int):
         make = Maker(rngs, jnp.float32)
         # As torch's embeddings start.
         self.tokens = make((num_rows, size), ("positions", "embed"), normal(1.0))
@@ -49,7 +49,7 @@ class Tokens(nnx.Module):
 
 
 def make_linear(
-    rngs: nnx.Rngs, name: str, sizes: tuple[int, int], axes: tuple[str, str]
+    rngs: Rngs, name: str, sizes: tuple[int, int], axes: tuple[str, str]
 ) -> Linear:
     """A linear map that starts as torch's do, from which PEFT starts."""
     make = Maker(rngs, jnp.float32)

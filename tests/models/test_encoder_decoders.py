@@ -13,7 +13,6 @@ import tiny
 import tiny_seq2seq
 import torch
 import transformers
-from flax import nnx
 from safetensors.torch import load_file
 
 import fjft
@@ -22,7 +21,7 @@ from fjft.errors import UserError
 from fjft.models.encoder_decoder import EncoderDecoder, shift_tokens_right
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
-from fjft.models.layers import Maker
+from fjft.models.layers import Maker, Rngs
 from fjft.peft import last_layers, lora
 
 B, E, T = 2, 21, 13
@@ -203,7 +202,7 @@ def test_new_weights_are_as_transformers_makes_them(twins):
     theirs = {name: p.detach().numpy() for name, p in twin.state_dict().items()}
     family = FAMILIES[config.model_type]
     arch = family.architecture(Fields(config))
-    model = family.MODEL(arch, Maker(nnx.Rngs(0), jnp.float32), "float32")
+    model = family.MODEL(arch, Maker(Rngs(0), jnp.float32), "float32")
     params = tree.split(model)[1]
     for site in family.rows(arch) and twins.model.provenance.sites:
         if site.path == "lm_head.weight":

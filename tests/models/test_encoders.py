@@ -10,7 +10,6 @@ import pytest
 import tiny
 import tiny_encoders
 import torch
-from flax import nnx
 from safetensors.numpy import load_file
 from tiny_encoders import CASES, CONFIGS, make_config, make_torch, torch_outputs
 
@@ -21,7 +20,7 @@ from fjft.models.deberta_attention import relative_buckets
 from fjft.models.encoder import Encoder, restarting_positions
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
-from fjft.models.layers import Maker
+from fjft.models.layers import Maker, Rngs
 from fjft.models.weights import sites
 
 B, T = 2, 24
@@ -246,7 +245,7 @@ def test_new_weights_are_drawn_as_transformers_draws_them(case):
     twin.config.architectures = [type(twin).__name__]
     family = FAMILIES[config.model_type]
     arch = family.architecture(Fields(twin.config))
-    model = family.MODEL(arch, Maker(nnx.Rngs(0), jnp.float32), "float32")
+    model = family.MODEL(arch, Maker(Rngs(0), jnp.float32), "float32")
     params = tree.split(model)[1]
     theirs = {n: tiny.to_numpy(v) for n, v in twin.state_dict().items()}
     for site in sites(family.rows(arch), model):

@@ -13,7 +13,7 @@ from fjft import sharding, tree
 from fjft.models.decoder import Decoder
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
-from fjft.models.layers import Maker
+from fjft.models.layers import Maker, Rngs
 from fjft.models.stack import REMAT_POLICIES
 from fjft.models.weights import sites
 from fjft.objectives import causal_lm
@@ -193,9 +193,9 @@ def test_new_weights_are_drawn_as_transformers_draws_them(twins):
         maker = Maker(rngs, jnp.float32)
         return family.MODEL(architecture, maker, "float32")
 
-    ours = jax.jit(lambda: tree.split(make(nnx.Rngs(0)))[1])()
+    ours = jax.jit(lambda: tree.split(make(Rngs(0)))[1])()
     theirs = tiny.state_arrays(AutoModelForCausalLM.from_config(config))
-    table = sites(family.rows(architecture), nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    table = sites(family.rows(architecture), nnx.eval_shape(lambda: make(Rngs(0))))
     assert {site.path for site in table} == set(ours)
     for site in table:
         value, expected = np.asarray(ours[site.path]), tiny.gather(site, theirs)

@@ -14,13 +14,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from flax import nnx
 from safetensors.numpy import load_file
 
 import fjft
 from fjft import tree
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker
+from fjft.models.layers import Linear, Maker, Rngs
 from fjft.objectives import causal_lm
 from fjft.optimize import optimizer as optimizers
 from fjft.peft import adalora
@@ -269,9 +268,9 @@ def test_a_module_that_lost_every_rank_is_still_there(get_twins, tmp_path):
 
 
 def test_a_new_adapter_starts_as_pefts_does():
-    maker = Maker(nnx.Rngs(0), jnp.float32)
+    maker = Maker(Rngs(0), jnp.float32)
     linear = Linear(maker, "q", (300, 200), ("heads", "embed"), bias=False, std=1.0)
-    adapter = adalora.Adapter(nnx.Rngs(1), linear, (100,), 1.0, 0.0)
+    adapter = adalora.Adapter(Rngs(1), linear, (100,), 1.0, 0.0)
     for vectors in (adapter.a[...], adapter.b[...]):
         assert np.std(vectors) == pytest.approx(0.02, rel=0.03)
         assert np.mean(vectors) == pytest.approx(0, abs=0.0005)

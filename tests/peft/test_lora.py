@@ -17,7 +17,7 @@ import fjft
 from fjft import sharding, tree
 from fjft.errors import UserError
 from fjft.generation import decode
-from fjft.models.layers import Linear, Maker
+from fjft.models.layers import Linear, Maker, Rngs
 from fjft.peft import lora
 from fjft.peft.lora_adapter import Adapter
 
@@ -198,10 +198,10 @@ def test_new_adapters_depend_on_the_seed_alone(get_twins):
 
 def _adapted(dropout: float, size: int = 64) -> Linear:
     """A map that gives twice its input, with an adapter that adds its own."""
-    maker = Maker(nnx.Rngs(0), jnp.float32)
+    maker = Maker(Rngs(0), jnp.float32)
     sizes, axes = (size, size), ("heads", "embed")
     linear: Any = Linear(maker, "q", sizes, axes, bias=False, std=1.0)
-    adapter = Adapter(nnx.Rngs(0), linear, (size,), (1.0,), dropout=dropout)
+    adapter = Adapter(Rngs(0), linear, (size,), (1.0,), dropout=dropout)
     adapter.a[...] = adapter.b[...] = jnp.eye(size)
     linear.weight[...] = 2 * jnp.eye(size)
     linear.adapter = nnx.data(adapter)

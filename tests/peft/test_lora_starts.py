@@ -10,13 +10,12 @@ import optax
 import peft_twins
 import pytest
 import tiny
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import fjft
 from fjft import sharding, tree
 from fjft.errors import UserError
-from fjft.models.layers import Linear, Maker
+from fjft.models.layers import Linear, Maker, Rngs
 from fjft.objectives import causal_lm
 from fjft.peft import lora, starts
 from fjft.peft.lora_adapter import Adapter
@@ -208,9 +207,9 @@ def test_a_sharded_model_starts_the_same(start):
 
 def test_doras_dropout_is_of_all_that_the_gain_changes():
     """With dropout PEFT takes the map's own product once more, of what is left."""
-    make = Maker(nnx.Rngs(0), jnp.float32)
+    make = Maker(Rngs(0), jnp.float32)
     linear = Linear(make, "q", (24, 40), ("heads", "embed"), bias=True, std=1.0)
-    adapter = Adapter(nnx.Rngs(1), linear, (3,), (1.5,), dropout=0.5, use_dora=True)
+    adapter = Adapter(Rngs(1), linear, (3,), (1.5,), dropout=0.5, use_dora=True)
     adapter.start(linear, jnp.int32(3))
     assert linear.bias is not None
     assert adapter.magnitude is not None
