@@ -4,6 +4,7 @@ Each process has some of the devices, and all of them run the same steps on one 
 Process 0 writes and speaks for all.
 """
 
+import functools
 import os
 import secrets
 import zlib
@@ -125,6 +126,23 @@ def fetch(arrays: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(arrays)
     return jax.tree.map(fetch_one, arrays)
+
+
+def fetch_part(stacked: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """Brings one layer of a stack, or what is at `place` in it, as `fetch` does.
+
+    The layer's number is an argument of the program that cuts it out, so that there is
+    one program for all of a stack. The rest is not, for devices share that axis.
+    """
+    if not place:
+        return fetch(stacked)
+    layer, *rest = place
+    return fetch(_cut_out(stacked, layer, tuple(rest)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut_out(stacked: jax.Array, layer: jax.Array, rest: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)[rest]
 
 
 def check_same(facts: Mapping[str, bytes]) -> None:

@@ -49,6 +49,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     directory = Path(directory)
     if is_first():
         directory.mkdir(parents=True, exist_ok=True)
+    whole = functools.cache(lambda path: fetch(params[path]))
     tensors = []
     for tensor in method.peft_tensors(model, provenance.sites, config):
         param = params[tensor.path]
@@ -58,7 +59,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
                 tensor.name,
                 np.dtype(param.dtype),
                 shape,
-                lambda p=param, i=tensor.index: fetch(p[i]),
+                lambda path=tensor.path, i=tensor.index: whole(path)[i],
             )
         )
     write_safetensors(directory / _weights_names(method)[0], tensors)

@@ -30,7 +30,7 @@ from fjft.checkpoint.gguf_tokenizer import check_tokenizer, tokenizer_keys
 from fjft.checkpoint.huggingface import Provenance
 from fjft.checkpoint.quantizing import is_quantized
 from fjft.checkpoint.safetensors_writer import make_directory, write_whole
-from fjft.distributed import fetch
+from fjft.distributed import fetch_part
 from fjft.errors import UserError
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
@@ -231,7 +231,7 @@ def _producer(
 ) -> Callable[[], Iterator[Any]]:
     def produce() -> Iterator[Any]:
         # The one tensor that is on the host, gathered from the devices' shards.
-        part = fetch(param[place] if place else param)
+        part = fetch_part(param, place)
         if heads:
             halves = part.reshape(heads, 2, -1, *part.shape[1:])
             part = halves.swapaxes(1, 2).reshape(part.shape)

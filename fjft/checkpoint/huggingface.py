@@ -15,7 +15,7 @@ import numpy as np
 from fjft import tree
 from fjft.checkpoint.safetensors_writer import OutTensor, write_sharded
 from fjft.checkpoint.source import ModelFiles, TensorSource
-from fjft.distributed import fetch, is_first, wait
+from fjft.distributed import fetch_part, is_first, wait
 from fjft.errors import UserError
 from fjft.models.heads import class_name, of_model
 from fjft.models.weights import Site, module_at
@@ -215,7 +215,7 @@ def _out_tensor(
     dtype = np.dtype(dtype or param.dtype)
 
     def produce() -> np.ndarray:
-        part = fetch(param[place] if place else param)
+        part = fetch_part(param, place)
         return (part.T if site.transpose else part).astype(dtype, copy=False)
 
     return OutTensor(name, dtype, site.hf_shape(param.shape), produce)
