@@ -114,17 +114,27 @@ def test_the_balance_counts_in_training_alone():
     assert mean(model, key) == pytest.approx(mean(model, None) + extra, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 1, "fsdp": 1, "expert": 8},
-        {"data": 2, "fsdp": 1, "tensor": 2, "expert": 2},
-        {"data": 1, "fsdp": 2, "tensor": 1, "expert": 4},
-        {"data": 1, "fsdp": 2, "sequence": 2, "expert": 2},
-        {"data": 1, "fsdp": 4, "tensor": 2},
-    ],
-)
-def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
+def loss_and_gradients(model):
+    graphdef, params = tree.split(model)
+    batch = tiny.make_batch([[T], [9, 11], [5, 7, 8], [20]] * 2, T)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return causal_lm.loss(
+            tree.merge(graphdef, params),
+            jax.tree.map(jnp.asarray, batch),
+            causal_lm.Config(),
+            rng=jax.random.key(0),
+            remat="full",
+        ).loss
+
+    return loss(params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """A model of eight experts, its loss and gradients."""
     twin = tiny.make_torch(
         tiny.make_config(
             "qwen2_moe/some-dense-layers",
@@ -136,33 +146,29 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
         )
     )
     files = tiny.memory_files(twin)
+    return files, *loss_and_gradients(tiny.build_model(files))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 1, "fsdp": 1, "expert": 8},
+        {"data": 2, "fsdp": 1, "tensor": 2, "expert": 2},
+        {"data": 1, "fsdp": 2, "tensor": 1, "expert": 4},
+        {"data": 1, "fsdp": 2, "sequence": 2, "expert": 2},
+        {"data": 1, "fsdp": 4, "tensor": 2},
+    ],
+)
+def test_a_mesh_changes_neither_loss_nor_gradients(sizes, on_one_device):
+    files, loss, grads = on_one_device
     mesh = make_mesh(Config(**sizes))
-    batch = tiny.make_batch([[T], [9, 11], [5, 7, 8], [20]] * 2, T)
-
-    def run(model):
-        graphdef, params = tree.split(model)
-
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params):
-            return causal_lm.loss(
-                tree.merge(graphdef, params),
-                jax.tree.map(jnp.asarray, batch),
-                causal_lm.Config(),
-                rng=jax.random.key(0),
-                remat="full",
-            ).loss
-
-        return loss(params)
-
-    loss, grads = run(tiny.build_model(files))
     with jax.set_mesh(mesh):
         model = tiny.build_model(files, mesh=mesh)
         gate = model.layers.blocks[0].moe.experts.gate[...]
         assert gate.sharding.spec[1] == "expert"
         local = gate.sharding.shard_shape(gate.shape)
         assert local[1] == gate.shape[1] // sizes.get("expert", 1)
-        sharded_loss, sharded = run(model)
+        sharded_loss, sharded = loss_and_gradients(model)
     assert float(sharded_loss) == pytest.approx(float(loss), rel=1e-5)
     for path, gradient in grads.items():
         assert tiny.relative_error(sharded[path], gradient) < 1e-4, path
