@@ -71,7 +71,7 @@ class ModelConfig:
         faster; "" multiplies in `dtype`.
       from_scratch: Start from random weights, drawn by `train.seed`; of `source` only
         the config and the tokenizer count.
-      sizes: Fields of the config that such a model has otherwise, such as
+      sizes: Numbers of the config that such a model has otherwise, such as
         `num_hidden_layers`.
       tokenizer: A key of `vocabulary.KINDS`: such a model has a tokenizer trained on
         `data.train`, of at most `vocab_size` tokens; "" is that of `source`.
@@ -87,7 +87,7 @@ class ModelConfig:
     quantization: str = ""
     matmuls: str = ""
     from_scratch: bool = False
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
     attention: str = "auto"
     remat: str = "full"

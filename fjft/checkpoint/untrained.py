@@ -10,6 +10,7 @@ import numpy as np
 
 from fjft.checkpoint.source import ModelFiles, load_tokenizer, open_info
 from fjft.errors import UserError
+from fjft.options import fits
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -34,7 +35,7 @@ class NoTensors:
 
 
 def open_untrained(
-    source: str, revision: str | None, sizes: Mapping[str, int]
+    source: str, revision: str | None, sizes: Mapping[str, float]
 ) -> ModelFiles:
     """Opens a model for its config and its tokenizer: its weights are to be made.
 
@@ -49,10 +50,11 @@ def open_untrained(
     info = open_info(source, revision)
     config = copy.deepcopy(info.config)
     for name, value in sizes.items():
-        if not isinstance(getattr(config, name, None), int):
+        given = getattr(config, name, None)
+        if not fits(given, float) or not fits(value, type(given)):
             raise UserError(
-                f"model.sizes.{name}={value}: the config of {source} has no such whole "
-                "number; see its config.json"
+                f"model.sizes.{name}={value}: in the config of {source} it is {given}; "
+                "use the name of a number there, and such a number"
             )
         setattr(config, name, value)
     fields: dict[str, Any] = vars(info) | {
