@@ -30,6 +30,14 @@ OTHERS = [
     for family, names in tiny.CONFIGS.items()
     if (case := f"{family}/{next(iter(names))}") not in FAMILIES
 ]
+# Its rotation depends on the length of the sequence.
+LONGROPE = "phi3/short-longrope"
+CASES = [
+    pytest.param(name, method, marks=[pytest.mark.slow] if name in OTHERS else [])
+    for name in FAMILIES + OTHERS
+    for method in METHODS
+    if (name, method) != (LONGROPE, "prompt")
+]
 
 
 def make_theirs(twin, method, **options):
@@ -55,10 +63,7 @@ def loaded(request, get_twins, tmp_path_factory):
     return theirs, peft_twins.load(twins.directory, directory)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "name", FAMILIES + [pytest.param(c, marks=pytest.mark.slow) for c in OTHERS]
-)
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_every_family_gives_the_logits_of_peft(name, method, get_twins, tmp_path):
     twins = get_twins(name)
     theirs = make_theirs(twins.torch, method, task_type="CAUSAL_LM")
@@ -67,6 +72,11 @@ def test_every_family_gives_the_logits_of_peft(name, method, get_twins, tmp_path
     ids = tiny.random_ids(2, T)
     expected = tiny.torch_logits(theirs, ids)[:, -T:]
     assert tiny.relative_error(tiny.jit_apply(ours)(ids), expected) < 1e-5
+
+
+def test_where_rotation_depends_on_the_length_is_no_place_for_a_prompt(get_twins):
+    with pytest.raises(UserError, match=r"use peft\.method=prefix or lora"):
+        make_ours(get_twins(LONGROPE).directory, "prompt")
 
 
 def test_packed_equals_unpacked(loaded):
