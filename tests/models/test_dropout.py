@@ -143,5 +143,8 @@ def test_each_pass_draws_anew_and_the_backward_pass_the_same_again():
     again, same = loss(params, jax.random.key(0), remat="full")
     assert float(first) != pytest.approx(float(other), rel=1e-3)
     assert float(first) == pytest.approx(float(again), rel=1e-6)
+    largest = max(float(jnp.abs(grad).max()) for grad in grads.values())
     for path, grad in grads.items():
-        assert tiny.relative_error(grad, same[path]) < 1e-5, path
+        # Without rounding, a bias of all keys would have no gradient.
+        scale = max(float(jnp.abs(grad).max()), 1e-2 * largest)
+        assert tiny.max_error(grad, same[path]) < 1e-5 * scale, path

@@ -51,7 +51,9 @@ def test_one_by_one_is_all_at_once(name, stacks_on_host):
         jax.tree.leaves((theirs, their_state)),
         strict=True,
     ):
-        np.testing.assert_allclose(our, their, rtol=1e-6, atol=1e-7)
+        # Muon's iterations enlarge what two programs round differently.
+        rtol = 1e-5 if name == "muon" else 1e-6
+        np.testing.assert_allclose(our, their, rtol=rtol, atol=1e-7)
 
 
 def test_what_is_not_finite_is_not_added():

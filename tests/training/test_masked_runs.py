@@ -34,6 +34,7 @@ def make_config(bert, texts, tmp_path):
     defaults = {
         "model.source": bert,
         "model.sizes": {},
+        "model.tokenizer": "",
         "data.train": texts,
         "data.eval_size": 16.0,
         "data.max_length": 32,

@@ -38,9 +38,10 @@ def dictionary(tmp_path_factory):
     for _ in range(96):
         word = random.integers(10, 14)
         lines.append(f"w{word} w{word + 10}" + f" w{word + 20}" * (word % 2))
-    path = tmp_path_factory.mktemp("dictionary") / "words.dict"
-    path.write_text("\n".join(lines))
-    return str(path)
+    directory = tmp_path_factory.mktemp("dictionary")
+    (directory / "train.dict").write_text("\n".join(lines[:-16]))
+    (directory / "eval.dict").write_text("\n".join(lines[-16:]))
+    return directory
 
 
 @pytest.fixture
@@ -48,8 +49,9 @@ def make_config(t5, dictionary, tmp_path):
     defaults = {
         "model.source": t5,
         "model.from_scratch": False,
-        "data.train": dictionary,
-        "data.eval_size": 16.0,
+        "data.train": str(dictionary / "train.dict"),
+        "data.eval": str(dictionary / "eval.dict"),
+        "data.eval_size": 0.0,
         "data.max_length": 16,
         "train.batch_size": 16,
         "train.max_steps": 30,
@@ -79,7 +81,7 @@ def test_a_run_ends_in_what_transformers_loads(make_config, tmp_path, capsys):
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
     _, sets, report = build_experiment(config).load_examples(tokenizer)
-    assert report.examples == 96
+    assert report.examples == 80
     held_out = sets[""]
     total, count, exact, texts = 0.0, 0, 0, []
     for i in range(len(held_out.examples)):
@@ -128,6 +130,8 @@ def test_spans_taken_out_of_texts_are_judged_as_by_torch(make_config, tmp_path):
         model__source=str(tmp_path / "model"),
         objective__name="span_corruption",
         data__train=str(tmp_path / "texts.jsonl"),
+        data__eval=(),
+        data__eval_size=16.0,
         data__text_columns="text",
         data__packing=True,
         data__max_length=24,
