@@ -138,7 +138,7 @@ def leave_out_known(
     """
     known = {_fingerprint(own, i) for own in held_out for i in range(len(own))}
     is_new = [_fingerprint(examples, i) not in known for i in range(len(examples))]
-    (indices,) = np.nonzero(is_new)
+    indices = np.flatnonzero(np.array(is_new))
     if not len(indices):
         raise UserError(
             "every example of data.train is held out by data.eval_size as well, since "

@@ -6,7 +6,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -235,7 +235,7 @@ def _read_dictionary(stream: BinaryIO) -> Iterator[Record]:
 
 
 # The names are those of datasets' loader of text.
-TEXTS = {
+TEXTS: dict[str, Callable[[Any], Iterator[Record]]] = {
     "paragraph": _read_paragraphs,
     "line": _read_lines,
     "document": _read_document,
