@@ -12,7 +12,8 @@ Adapters and the new head instead of every weight:
     fjft train --config=configs/minilm_sentiment.py --config.peft.method=lora \
         --config.peft.modules_to_save=classifier --config.optimizer.learning_rate=5e-4
 
-No run of the whole recipe has been measured yet.
+On two CPU cores 849 of these tweets give 69.3 % of 800 others right after the five
+epochs, and 71.6 % with LoRA. No run on all of them has been measured yet.
 """
 
 import ml_collections
