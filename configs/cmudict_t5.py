@@ -7,7 +7,8 @@ a fiftieth is held out; the model reads letters and writes phonemes, whose vocab
 lies with its sizes in `configs/cmudict_t5`. `eval_token_error_rate` is the phoneme
 error rate, and 100 - `eval_exact_match` the word error rate, both in percent.
 
-No run of the whole recipe has been measured yet.
+After 400 steps without dropout, in four minutes on two CPU cores, the phoneme error
+rate is 33.7 %. No run of all ten epochs has been measured yet.
 """
 
 import ml_collections
