@@ -87,7 +87,7 @@ class Encoder:
             target = [*target, end]
         length = max(len(source), len(target))
         if length > limit:
-            if self._config.truncation == "drop":
+            if self._config.truncation != "truncate":
                 return MalformedError(
                     f"longer than max_length = {limit} tokens", f"{length} tokens"
                 )

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fjft.data import seq2seq
 from fjft.data.config import Config
 from fjft.data.dataset import load_examples
 from fjft.data.examples import Example, Spool
@@ -189,6 +190,14 @@ def test_long_texts_can_be_split_so_that_nothing_is_lost(chatml, write):
         assert labels[0] == IGNORED
         np.testing.assert_array_equal(labels[1:], piece.columns["input_ids"][1:])
     assert report.end_tokens == {chatml.eos_token_id: 2}
+
+
+def test_what_cannot_be_split_is_not_cut(chatml, write):
+    rows = [{"source": "a", "target": "b " * size} for size in (1, 100)]
+    options = {"text_columns": "source,target", "max_length": 64, "packing": False}
+    config = Config(train=write(*rows), truncation="split", **options)
+    _, _, report = load_examples(config, chatml, make_encoder=seq2seq.Encoder)
+    assert (report.examples, report.rejected_rows, report.truncated) == (1, 1, 0)
 
 
 def test_chat_template_from_a_file(tokenizer, template, write, tmp_path):
