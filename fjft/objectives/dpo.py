@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
 from fjft.objectives.causal_lm import next_token_terms, next_tokens
-from fjft.objectives.chunks import Chunks
+from fjft.objectives.chunks import Chunks, Terms
 from fjft.objectives.divergence import Mixture, distilled_sums
 from fjft.objectives.log_probs import segment_log_probs
 from fjft.objectives.preferred import Preferred, sum_pairs
@@ -107,18 +107,38 @@ def loss(
       rng: Turns on what is random in training, and label smoothing.
       remat: What the backward pass recomputes.
     """
+    ours = next_token_terms(model, batch, rng, remat)
+    theirs = next_token_terms(reference, batch, None, "none")
+    softcap, is_training = model.logit_softcap, rng is not None
+    return _compare(ours, theirs, batch, config, softcap, is_training=is_training)
+
+
+def _compare(
+    ours: Terms,
+    theirs: Terms,
+    batch: Batch,
+    config: Config,
+    softcap: float | None,
+    *,
+    is_training: bool,
+) -> Preferred:
+    """Sums over pairs, from what model and reference say of the next tokens."""
     is_pair_BS = batch["examples"][..., 0] >= 0
     B, S = is_pair_BS.shape
-    given = batch, 2 * S, Chunks(config.chunk_tokens)
-    ours = segment_log_probs(model, *given, rng=rng, remat=remat)
-    theirs = segment_log_probs(reference, *given).learned
-    ratios_BS2 = (ours.learned - jax.lax.stop_gradient(theirs)).reshape(B, S, 2)
+    found, before = (
+        segment_log_probs(
+            terms, batch, 2 * S, Chunks(config.chunk_tokens), softcap=softcap
+        )
+        for terms in (ours, theirs)
+    )
+    ratios_BS2 = found.learned - jax.lax.stop_gradient(before.learned)
+    ratios_BS2 = ratios_BS2.reshape(B, S, 2)
     compared_BS2 = ratios_BS2
     if config.loss_type == "ipo":
-        counts_BS2 = jnp.maximum(ours.num_learned, 1).reshape(B, S, 2)
+        counts_BS2 = jnp.maximum(found.num_learned, 1).reshape(B, S, 2)
         compared_BS2 = ratios_BS2 / counts_BS2.astype(jnp.float32)
     margins_BS = compared_BS2[..., 0] - compared_BS2[..., 1]
-    losses_BS = _losses(margins_BS, config, is_training=rng is not None)
+    losses_BS = _losses(margins_BS, config, is_training=is_training)
     return sum_pairs(is_pair_BS, losses_BS, config.beta * ratios_BS2)
 
 
@@ -138,14 +158,18 @@ def _losses(
 
 def evaluate(model: Any, batch: Batch, config: Config, *, reference: Any) -> Judged:
     """Sums from which every metric of an evaluation follows; arguments as `loss`."""
-    sums = loss(model, batch, config, reference=reference)
+    ours, theirs = (
+        next_token_terms(each, batch, None, "none") for each in (model, reference)
+    )
+    softcap = model.logit_softcap
+    sums = _compare(ours, theirs, batch, config, softcap, is_training=False)
     targets_BT, learned_BT = next_tokens(batch["labels"], batch["segment_ids"])
     apart = distilled_sums(
-        next_token_terms(reference, batch, None, "none"),
-        next_token_terms(model, batch, None, "none"),
+        theirs,
+        ours,
         targets_BT,
         learned_BT.astype(jnp.float32),
         chunk_tokens=config.chunk_tokens,
-        mixture=Mixture(1.0, 1.0, reference.logit_softcap, model.logit_softcap),
+        mixture=Mixture(1.0, 1.0, softcap, softcap),
     )
     return Judged(*sums, kl=apart.divergence, num_tokens=apart.weight)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
+from fjft.objectives.causal_lm import next_token_terms
 from fjft.objectives.chunks import Chunks
 from fjft.objectives.log_probs import segment_log_probs
 
@@ -97,9 +98,19 @@ def loss(
     """
     is_there_BS3 = batch["examples"] >= 0
     B, S, _ = is_there_BS3.shape
-    given = batch, 3 * S, Chunks(config.chunk_tokens)
-    ours = segment_log_probs(model, *given, rng=rng, remat=remat).learned
-    theirs = segment_log_probs(reference, *given).learned
+    ours, theirs = (
+        segment_log_probs(
+            terms,
+            batch,
+            3 * S,
+            Chunks(config.chunk_tokens),
+            softcap=model.logit_softcap,
+        ).learned
+        for terms in (
+            next_token_terms(model, batch, rng, remat),
+            next_token_terms(reference, batch, None, "none"),
+        )
+    )
     ratios_BS3 = (ours - jax.lax.stop_gradient(theirs)).reshape(B, S, 3)
 
     def total(x_BS3: jax.Array) -> Float[Array, "3"]:

@@ -1,13 +1,13 @@
 """How probable a model finds whole texts, without ever holding all logits."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from fjft.objectives.causal_lm import next_token_terms, next_tokens
-from fjft.objectives.chunks import Chunks
+from fjft.objectives.causal_lm import next_tokens
+from fjft.objectives.chunks import Chunks, Terms
 from fjft.objectives.cross_entropy import token_log_probs
 
 Batch = dict[str, jax.Array]
@@ -30,33 +30,26 @@ class SegmentLogProbs(NamedTuple):
 
 
 def segment_log_probs(
-    model: Any,
+    terms: Terms,
     batch: Batch,
     num_segments: int,
     chunks: Chunks,
     *,
-    rng: Key[Array, ""] | None = None,
-    remat: str = "none",
+    softcap: float | None,
 ) -> SegmentLogProbs:
     """Log-probabilities of each segment's tokens.
 
     Args:
-      model: A `Decoder`.
+      terms: Of the next tokens, see `causal_lm.next_token_terms`.
       batch: `input_ids`, `positions`, `segment_ids`, `labels`, each Int32[B, T]; of the
         labels only which are -100 counts.
       num_segments: S, the segments that a row has at most.
       chunks: Sizes of the pieces.
-      rng: Turns on what is random in training.
-      remat: What the backward pass recomputes.
+      softcap: As in `cross_entropy_sums`.
     """
     segment_ids = batch["segment_ids"]
     targets_BT, follows_BT = next_tokens(batch["input_ids"], segment_ids)
-    log_probs_BT = token_log_probs(
-        next_token_terms(model, batch, rng, remat),
-        targets_BT,
-        chunks=chunks,
-        softcap=model.logit_softcap,
-    )
+    log_probs_BT = token_log_probs(terms, targets_BT, chunks=chunks, softcap=softcap)
     numbers = jnp.arange(1, num_segments + 1, dtype=segment_ids.dtype)
     is_in_BST = segment_ids[:, None] == numbers[None, :, None]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fjft.errors import UserError
+from fjft.objectives.causal_lm import next_token_terms
 from fjft.objectives.chunks import Chunks
 from fjft.objectives.log_probs import segment_log_probs
 from fjft.objectives.preferred import Preferred, sum_pairs
@@ -53,7 +54,11 @@ def loss(
     is_pair_BS = batch["examples"][..., 0] >= 0
     B, S = is_pair_BS.shape
     found = segment_log_probs(
-        model, batch, 2 * S, Chunks(config.chunk_tokens), rng=rng, remat=remat
+        next_token_terms(model, batch, rng, remat),
+        batch,
+        2 * S,
+        Chunks(config.chunk_tokens),
+        softcap=model.logit_softcap,
     )
     means_BS2 = (found.learned / _at_least_one(found.num_learned)).reshape(B, S, 2)
     odds_BS2 = means_BS2 - _log1mexp(means_BS2)
