@@ -29,9 +29,10 @@ from fjft.data.sources import list_specs
 from fjft.errors import UserError
 from fjft.evaluate import overlap
 from fjft.evaluate.metrics import METRICS
-from fjft.models.attention import WAYS
+from fjft.models.attention import KERNELS, Way
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.narrow import KINDS
+from fjft.models.splash import LANES
 from fjft.models.stack import REMAT_POLICIES
 from fjft.objectives.objectives import OBJECTIVES
 from fjft.optimize import optimizer
@@ -78,6 +79,8 @@ class ModelConfig:
       attention: `auto` attends by a kernel where the device has one, as TPUs and GPUs
         since Ampere have; `xla` leaves it to the compiler, in a run and its own
         evaluations.
+      attention_block: Queries and keys that a TPU's kernel takes at once, a multiple
+        of 128; 0 chooses by shape.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
@@ -90,13 +93,19 @@ class ModelConfig:
     sizes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
     attention: str = "auto"
+    attention_block: int = 0
     remat: str = "full"
 
     def __post_init__(self):
         check_name("model.dtype", self.dtype, DTYPES)
         check_name("model.quantization", self.quantization, QUANTIZATIONS)
         check_name("model.matmuls", self.matmuls, ("", *KINDS))
-        check_name("model.attention", self.attention, WAYS)
+        check_name("model.attention", self.attention, KERNELS)
+        if self.attention_block < 0 or self.attention_block % LANES:
+            raise UserError(
+                f"model.attention_block={self.attention_block} is not a multiple of "
+                f"{LANES}; 0 lets it be chosen by shape"
+            )
         check_name("model.remat", self.remat, REMAT_POLICIES)
         if self.matmuls and self.quantization:
             raise UserError(
@@ -110,6 +119,11 @@ class ModelConfig:
                     f"model.{name} is of a model that starts from random weights; set "
                     "model.from_scratch=True"
                 )
+
+    @property
+    def way(self) -> Way:
+        """How attention is worked out."""
+        return Way(self.attention, self.attention_block)
 
     def open(self) -> ModelFiles:
         """Opens the model where it lies; see `checkpoint.source`."""

@@ -28,7 +28,7 @@ from fjft.checkpoint.quantizing import (
 from fjft.checkpoint.source import ModelFiles, ModelInfo, open_model
 from fjft.data.examples import Labels
 from fjft.errors import UserError
-from fjft.models.attention import set_way
+from fjft.models.attention import AUTO, Way, set_way
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.families import FAMILIES
 from fjft.models.fields import Fields
@@ -141,7 +141,7 @@ def draw_model(
     mesh: Mesh,
     quantization: str = "",
     matmuls: str = "",
-    attention: str = "auto",
+    attention: Way = AUTO,
 ) -> Blueprint:
     """Draws a model with a method's adapters attached; nothing is allocated.
 
@@ -153,7 +153,7 @@ def draw_model(
       mesh: Where the parameters will lie.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
       matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
-      attention: One of `attention.WAYS`.
+      attention: Which kernels its attention may take.
 
     Raises:
       UserError: The model type is unknown, or a parameter does not divide over the
@@ -213,7 +213,7 @@ def build_model(
     num_labels: int | None = None,
     quantization: str = "",
     matmuls: str = "",
-    attention: str = "auto",
+    attention: Way = AUTO,
 ) -> Any:
     """Loads a pretrained model onto a mesh, with a method's adapters attached.
 
@@ -232,7 +232,7 @@ def build_model(
         A stored head for another number is made new.
       quantization: A key of `FORMATS` for linear maps that are not trained, or "".
       matmuls: A key of `narrow.KINDS` that linear maps multiply in, or "".
-      attention: One of `attention.WAYS`.
+      attention: Which kernels its attention may take.
 
     Raises:
       UserError: The model type is unknown, its weights do not fit its config, or a

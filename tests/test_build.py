@@ -59,6 +59,10 @@ def test_sections_become_checked_dataclasses():
         ({"objective": {"name": "dream"}}, "objective.name='dream'.*'causal_lm'"),
         ({"model": {"source": "x", "dtype": "int8"}}, "model.dtype='int8'.*'bfloat16'"),
         ({"model": {"source": "x", "remat": "some"}}, "model.remat='some'.*'full'"),
+        (
+            {"model": {"source": "x", "attention_block": 100}},
+            "model.attention_block=100 is not a multiple of 128",
+        ),
         ({"train": 3}, "section 'train' is 3, not a mapping"),
         ({"data": {"eval": {"a": 3}}}, "data.eval=.*a mapping of names to: a text"),
         ({"evaluate": {"early_stopping_patience": 2}}, "evaluate.eval_steps is 0"),

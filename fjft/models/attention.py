@@ -1,5 +1,6 @@
 """Attention through one function, which knows segments, windows and grouped heads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,21 +16,38 @@ from fjft.models.splash import splash_attention
 ATTENTION = "attention"  # what remat policies call its output and the scores' norms
 
 # What `model.attention` may name: a kernel where the device has one, or none.
-WAYS = ("auto", "xla")
+KERNELS = ("auto", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How attention is worked out.
+
+    Attributes:
+      kernels: One of `KERNELS`.
+      block: Queries and keys that a TPU's kernel takes at once, a multiple of
+        `splash.LANES`; 0 chooses by shape.
+    """
+
+    kernels: str = "auto"
+    block: int = 0
+
+
+AUTO = Way()
 
 
 class Attending(nnx.Module):
     """A module that attends.
 
     Attributes:
-      way: One of `WAYS`.
+      way: How.
     """
 
-    way: str = "auto"
+    way: Way = AUTO
 
 
-def set_way(model: nnx.Module, way: str) -> None:
-    """Lets all of a model's modules attend in one of `WAYS`."""
+def set_way(model: nnx.Module, way: Way) -> None:
+    """Lets all of a model's modules attend so."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attending):
             module.way = way
@@ -46,7 +64,7 @@ def attention(
     bias_BNTS: Float[Array, "#B N T S"] | None = None,
     dropout: float = 0.0,
     rng: Key[Array, ""] | None = None,
-    way: str = "auto",
+    way: Way = AUTO,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
@@ -64,14 +82,19 @@ def attention(
       bias_BNTS: Added to the scores after that, such as T5's relative positions.
       dropout: Share of the probabilities that is dropped; scores are kept then.
       rng: Turns that on.
-      way: One of `WAYS`.
+      way: Which kernels may do it.
     """
     drops = dropout > 0 and rng is not None
     platform, kind = _device()
-    is_plain = way == "auto" and mask.keys is None and bias_BNTS is None and not drops
+    is_plain = mask.keys is None and bias_BNTS is None and not drops
+    is_plain = is_plain and way.kernels == "auto"
     if is_plain and platform == "tpu":
         return splash_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, name=ATTENTION
+            *(q_BTNH, k_BSKH, v_BSKH, mask),
+            scale=scale,
+            softcap=softcap,
+            block=way.block,
+            name=ATTENTION,
         )
     if is_plain and softcap is None and has_kernel(kind, q_BTNH):
         return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)

@@ -25,6 +25,7 @@ def splash_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    block: int = 0,
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
@@ -40,13 +41,15 @@ def splash_attention(
       mask: Which keys each query sees; its `keys` must be None.
       scale: What scores are multiplied by.
       softcap: Scores are bent into (-softcap, softcap) by a tanh; None leaves them.
+      block: Queries and keys that are taken at once, a multiple of `LANES`; rows are
+        padded to whole blocks. 0 chooses by shape.
       name: What remat policies call the output and the scores' norms.
       interpret: Runs the kernel's program on any backend, slowly.
     """
     T, num_heads, width = q_BTNH.shape[1:]
     parts = spread(num_heads, k_BTKH.shape[2], T)
     k_BTKH, v_BTKH = (jnp.repeat(x, parts.repeats, axis=2) for x in (k_BTKH, v_BTKH))
-    missing = -T % (LANES * parts.stretches)
+    missing = -T % ((block or LANES) * parts.stretches)
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
         for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTKH, v_BTKH)
@@ -56,7 +59,8 @@ def splash_attention(
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask(heads),
         block_sizes=choose_blocks(
-            (T + missing) // parts.stretches, T + missing, width, mask.window
+            *((T + missing) // parts.stretches, T + missing, width, mask.window),
+            block=block,
         ),
         head_shards=1,
         q_seq_shards=parts.stretches,
@@ -108,7 +112,7 @@ def _make_mask(length: int, window: int | None, causal: bool) -> splash.Mask:
 
 
 def choose_blocks(
-    queries: int, keys: int, width: int, window: int | None
+    queries: int, keys: int, width: int, window: int | None, *, block: int = 0
 ) -> splash.BlockSizes:
     """The largest blocks that divide a row's length.
 
@@ -123,8 +127,9 @@ def choose_blocks(
       keys: Of the whole row.
       width: Of a head.
       window: How many of them a query sees; None is all.
+      block: Taken in place of the largest.
     """
-    block = next(size for size in BLOCK_SIZES if queries % size == 0)
+    block = block or next(size for size in BLOCK_SIZES if queries % size == 0)
     halves = keys // 2 if keys % (2 * block) == 0 else keys
     is_small = halves * max(width, LANES) <= MOST_NUMBERS
     is_one_kernel = is_small and halves <= (window or keys)

@@ -129,7 +129,7 @@ def build_program(
         mesh=mesh,
         quantization=e.model.quantization,
         matmuls=e.model.matmuls,
-        attention=e.model.attention,
+        attention=e.model.way,
     )
     is_trainable = e.method.is_trainable(e.peft, blueprint.sites)
     trainable, frozen = tree.partition(blueprint.params, is_trainable)

@@ -126,7 +126,7 @@ def build_run(
         seed=e.train.seed,
         quantization=e.model.quantization,
         matmuls=e.model.matmuls,
-        attention=e.model.attention,
+        attention=e.model.way,
         head=head,
         num_labels=num_labels,
     )

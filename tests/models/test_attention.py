@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from fjft import sharding
 from fjft.models import cudnn, splash, stack
-from fjft.models.attention import attention
+from fjft.models.attention import Way, attention
 from fjft.models.mask import Mask, Places
 
 
@@ -140,6 +140,10 @@ def test_every_way_equals_torch(case, way):
     _check(case, WAYS[way])
 
 
+def test_blocks_of_a_chosen_size_need_not_divide_the_row():
+    _check(CASES["window-softcap"], functools.partial(WAYS["splash"], block=256))
+
+
 @pytest.mark.parametrize(
     ("queries", "keys", "width", "window", "block"),
     [
@@ -208,13 +212,13 @@ def test_a_model_may_be_told_to_take_no_kernel(monkeypatch, make_twin, inputs):
     monkeypatch.setattr("fjft.models.attention._device", lambda: ("tpu", ""))
     files = tiny.memory_files(make_twin())
     taken = {}
-    for way in ("auto", "xla"):
-        model = tiny.build_model(files, attention=way)
+    for kernels in ("auto", "xla"):
+        model = tiny.build_model(files, attention=Way(kernels))
         jaxpr = jax.make_jaxpr(functools.partial(model, **inputs))(
             tiny.random_ids(2, 8)
         )
         names = {e.primitive.name for e in jaxprs.equations(jaxpr.jaxpr)}
-        taken[way] = "pallas_call" in names
+        taken[kernels] = "pallas_call" in names
     assert taken == {"auto": True, "xla": False}
 
 
