@@ -47,7 +47,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "train": "Anthropic/hh-rlhf:train",
         "eval": "Anthropic/hh-rlhf:test",
         "eval_size": 0.0,
-        "text_columns": "chosen,rejected",
         "max_length": 1024,
         "truncation": "drop",
         "packing": False,

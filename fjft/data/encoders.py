@@ -17,6 +17,7 @@ from fjft.data import (
     masked,
     preferences,
     questions,
+    ranked,
     seq2seq,
     tagged,
     tokenize,
@@ -31,6 +32,7 @@ ENCODERS: dict[str, types.ModuleType] = {
     "masked": masked,
     "preferences": preferences,
     "questions": questions,
+    "ranked": ranked,
     "seq2seq": seq2seq,
     "tagged": tagged,
 }

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from fjft.objectives.preferred import Preferred, sum_pairs
 from fjft.objectives.sequence_classification import predict
 
-EXAMPLES = "groups"
+EXAMPLES = "ranked"
 HEAD = "sequence_classification"
 NUM_LABELS = 1
 METRICS = "rewards"
