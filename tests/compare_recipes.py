@@ -1,6 +1,6 @@
 """Follows the recipes of `configs/` beside transformers' Trainer, and compares scores.
 
-    python tests/compare_recipes.py [sentiment ner answers phonemes dpo bert gpt]
+    python tests/compare_recipes.py [NAME ...]
 
 Each recipe is run by fjft, shortened where a computer without an accelerator would take
 hours, and by transformers' Trainer with torch's AdamW: from the very same weights, on
@@ -86,27 +86,62 @@ def write_questions(path: Path) -> None:
     path.write_text("".join(lines), "utf-8")
 
 
-def write_pairs(path: Path) -> None:
-    """Questions of small talk: their answers are preferred to those of others."""
+def find_wrong_answers() -> Iterator[tuple[str, str, str]]:
+    """Questions of small talk, their answers, and those of others."""
     from fjft.data.sources import read_rows
 
     source = "package:chatterbot_corpus/data/english/*.yml"
     chats = [row.values["conversations"] for row in read_rows(source)]
     others = np.random.default_rng(0).permutation(len(chats))
-    lines = []
     for (question, answer, *_), other in zip(chats, others, strict=True):
         wrong = chats[other][1]
         if answer != wrong:
+            yield question, answer, wrong
+
+
+def write_pairs(path: Path) -> None:
+    """Answers are preferred to those of others."""
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer, wrong in find_wrong_answers():
             texts = {"prompt": question, "chosen": answer, "rejected": wrong}
             roles = {"prompt": "user"}
             turns = {
                 name: [{"role": roles.get(name, "assistant"), "content": text}]
                 for name, text in texts.items()
             }
-            lines.append(json.dumps(turns) + "\n")
-    path.write_text("".join(lines), "utf-8")
+            file.write(json.dumps(turns) + "\n")
 
 
+def write_text_pairs(path: Path) -> None:
+    """The same without roles, for tokenizers that know none."""
+    with path.open("w", encoding="utf-8") as file:
+        for question, *answers in find_wrong_answers():
+            texts = (f"{question} {answer}" for answer in answers)
+            row = dict(zip(("chosen", "rejected"), texts, strict=True))
+            file.write(json.dumps(row) + "\n")
+
+
+def write_marks(path: Path) -> None:
+    """Every other question is answered by another's answer, which is marked as bad."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, (question, *answers) in enumerate(find_wrong_answers()):
+            row = {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answers[number % 2]}],
+                "label": number % 2 == 0,
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+SMALL_TALK = {
+    "data.eval": "",
+    "data.eval_size": 64.0,
+    "data.max_length": 128,
+    "train.batch_size": 8,
+    "train.accumulation_steps": 1,
+    "train.max_steps": 40,
+    "evaluate.eval_steps": 20,
+}
 TWEETS = {
     "data.eval_size": 800.0,
     "train.num_epochs": 5.0,
@@ -180,17 +215,55 @@ RECIPES = {
     ),
     "dpo": Recipe(
         "smollm2_dpo.py",
-        {
-            "data.eval": "",
-            "data.eval_size": 64.0,
-            "data.max_length": 128,
-            "train.batch_size": 8,
-            "train.accumulation_steps": 1,
-            "train.max_steps": 40,
-            "evaluate.eval_steps": 20,
-        },
+        SMALL_TALK,
         ("eval_rewards/margins", "eval_rewards/accuracies", "eval_kl"),
         write_pairs,
+        has_torch=False,
+    ),
+    "kto": Recipe(
+        "smollm2_kto.py",
+        SMALL_TALK,
+        ("eval_rewards/chosen", "eval_rewards/rejected"),
+        write_marks,
+        has_torch=False,
+    ),
+    "reward": Recipe(
+        "minilm_reward.py",
+        {
+            "data.eval": "",
+            "data.eval_size": 200.0,
+            "data.max_length": 128,
+            "train.batch_size": 32,
+            "train.num_epochs": 5.0,
+            "evaluate.eval_steps": 100,
+        },
+        ("eval_rewards/margins", "eval_rewards/accuracies"),
+        write_text_pairs,
+        has_torch=False,
+    ),
+    "embeddings": Recipe(
+        "minilm_embeddings.py",
+        {},
+        ("eval_loss", "eval_accuracy"),
+        has_torch=False,
+    ),
+    "news": Recipe(
+        "news_t5.py",
+        {"train.max_steps": 100, "train.batch_size": 16, "evaluate.eval_steps": 50},
+        ("eval_loss", "eval_perplexity"),
+        has_torch=False,
+    ),
+    "distillation": Recipe(
+        "smollm2_distillation.py",
+        {
+            "data.max_length": 128,
+            "data.truncation": "split",
+            "data.eval_size": 0.005,
+            "train.max_steps": 60,
+            "train.batch_size": 4,
+            "evaluate.eval_steps": 30,
+        },
+        ("eval_perplexity", "eval_divergence"),
         has_torch=False,
     ),
     "gpt": Recipe(
