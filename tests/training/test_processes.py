@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_experiment import TEXT, make_config
 
+from fjft.cli.main import main
 from fjft.telemetry import read_log
 from fjft.training.loop import train
 
@@ -32,29 +33,18 @@ SECONDS = 240
 
 @contextmanager
 def processes(
-    count: int,
-    devices: int,
-    source: str,
-    directory: Path,
-    overrides: dict,
-    last: dict | None = None,
+    count: int, devices: int, command: list[str], last: list[str] | None = None
 ) -> Iterator[list[subprocess.Popen]]:
     """Starts `count` processes of `devices` devices each, and leaves none behind.
 
-    The last one has the options of `last` besides.
+    The last one runs the program `last` instead, if it is given.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     started = [
         subprocess.Popen(
-            [
-                sys.executable,
-                PROGRAM,
-                source,
-                directory,
-                json.dumps(overrides | (last or {} if number == count - 1 else {})),
-            ],
+            [sys.executable, *(last if last and number == count - 1 else command)],
             env=os.environ
             | {
                 "JAX_NUM_CPU_DEVICES": str(devices),
@@ -73,6 +63,11 @@ def processes(
     finally:
         for process in started:
             process.kill()
+
+
+def training(source: str, directory: Path, overrides: dict) -> list[str]:
+    """The program that trains."""
+    return [str(PROGRAM), source, str(directory), json.dumps(overrides)]
 
 
 def finish(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -109,14 +104,27 @@ def assert_same_run(found: Path, expected: Path, weights: str) -> None:
 
 
 def test_lora_on_two_processes(llama, tmp_path):
-    overrides = {"data.train": FEW, "train.max_steps": 4, "mesh.fsdp": 2}
+    overrides = {
+        "data.train": FEW,
+        "train.max_steps": 4,
+        "mesh.fsdp": 2,
+        "evaluate.predict_with_generate": True,
+        "evaluate.max_new_tokens": 4,
+    }
+    together = tmp_path / "together"
     (_, said, _), (_, silence, _) = run_together(
-        2, 1, llama, tmp_path / "together", overrides
+        2, 1, training(llama, together, overrides)
     )
     assert "step 4" in said
     assert "step" not in silence
     alone = run_alone(llama, tmp_path / "alone", overrides)
-    assert_same_run(tmp_path / "together", alone, ADAPTER)
+    assert_same_run(together, alone, ADAPTER)
+
+    command = ["-m", "fjft.cli.main", "evaluate", f"--run={together}"]
+    written = [tmp_path / name for name in ("two.jsonl", "one.jsonl")]
+    run_together(2, 1, [*command, f"--predictions={written[0]}"])
+    main([*command[2:], f"--predictions={written[1]}"])
+    assert written[0].read_text("utf-8") == written[1].read_text("utf-8") != ""
 
 
 def test_one_process_is_told_to_stop(llama, tmp_path):
@@ -132,7 +140,7 @@ def test_one_process_is_told_to_stop(llama, tmp_path):
     }
     directory = tmp_path / "together"
     log = directory / "log.jsonl"
-    with processes(2, 2, llama, directory, overrides) as started:
+    with processes(2, 2, training(llama, directory, overrides)) as started:
         while not (log.exists() and "grad_norm" in log.read_text("utf-8")):
             assert started[1].poll() is None, finish(started)
             time.sleep(0.01)
@@ -144,7 +152,7 @@ def test_one_process_is_told_to_stop(llama, tmp_path):
     assert "which is saved; use --resume" in stopped[0]
 
     resumed = overrides | {"checkpoint.resume": True}
-    (_, said, _), _ = run_together(2, 2, llama, directory, resumed)
+    (_, said, _), _ = run_together(2, 2, training(llama, directory, resumed))
     assert "resumed at step" in said
     assert "after training\n  > What is AI?" in said
     alone = run_alone(llama, tmp_path / "alone", overrides)
@@ -160,12 +168,12 @@ def test_full_weights_on_four_processes_then_on_two(llama, tmp_path):
     }
     together, alone = tmp_path / "together", tmp_path / "alone"
     on_four = overrides | {"mesh.fsdp": 2, "mesh.tensor": 2}
-    run_together(4, 1, llama, together, on_four)
+    run_together(4, 1, training(llama, together, on_four))
     run_alone(llama, alone, overrides)
     assert_same_run(together, alone, "model/model.safetensors")
 
     more = overrides | {"train.max_steps": 6, "checkpoint.resume": True}
-    run_together(2, 2, llama, together, more | {"mesh.fsdp": 4})
+    run_together(2, 2, training(llama, together, more | {"mesh.fsdp": 4}))
     run_alone(llama, alone, more)
     assert_same_run(together, alone, "model/model.safetensors")
 
@@ -177,7 +185,11 @@ def test_processes_that_were_given_different_things_say_so(llama, tmp_path):
         ({"train.seed": 1}, "process 1 has another config than process 0"),
         ({"checkpoint.directory": elsewhere}, "process 1 does not see"),
     ):
-        with processes(2, 1, llama, tmp_path, {"mesh.fsdp": 2}, other) as started:
+        overrides = {"mesh.fsdp": 2}
+        command, last = (
+            training(llama, tmp_path, each) for each in (overrides, overrides | other)
+        )
+        with processes(2, 1, command, last) as started:
             ended = finish(started)
         assert [code for code, _, _ in ended] == [1, 1], ended
         assert all(message in errors for _, _, errors in ended)
