@@ -73,8 +73,8 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip(
         kind="TPU v6 lite",
         memory_bytes=int(31.2 * GIB),
-        memory_bandwidth=1640e9,
-        link_bandwidth=448e9,
+        memory_bandwidth=1638e9,
+        link_bandwidth=400e9,
         price=2.70,
     ),
     "tpu7x": Chip(
