@@ -5,6 +5,8 @@
 Each recipe is run by fjft, shortened where a computer without an accelerator would take
 hours, and by transformers' Trainer with torch's AdamW: from the very same weights, on
 the same batches in the same order. What either leaves is judged by `fjft evaluate`.
+(Answers in texts are learned without padding that competes with them, see
+`objectives/question_answering.py`.)
 Models from random weights learn without dropout; of the others only what is dropped
 differs. `sentiment` is also run with LoRA, and with the new head alone. Results stay in
 `--output` as JSON and are not found again; tables and a plot are made of what is there.
@@ -433,6 +435,20 @@ def make_trainer(model: Any, arguments: Any, loader: Any) -> Any:
     class Trainer(transformers.Trainer):
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(Batches(), batch_size=None)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+            if "start_positions" not in inputs:
+                return super().compute_loss(model, inputs, *args, **more)
+            # In transformers padding competes with the text for the answer.
+            names = ("start", "end")
+            places = [inputs.pop(f"{name}_positions") for name in names]
+            out, is_text = model(**inputs), inputs["attention_mask"].bool()
+            logits = [
+                out[f"{name}_logits"].masked_fill(~is_text, -torch.inf)
+                for name in names
+            ]
+            losses = map(torch.nn.functional.cross_entropy, logits, places)
+            return sum(losses) / len(names)
 
     return Trainer(model=model, args=arguments, train_dataset=Batches())
 

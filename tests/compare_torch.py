@@ -6,7 +6,8 @@ Both train LoRA (r=16, all linear maps, AdamW, float32) on SmolLM2-135M-Instruct
 the very same packed rows, four of 512 tokens a step, with and without activations
 worked out again in the backward pass. torch and trl also run on the same examples
 unpacked, as most trainers feed them: four examples a step, padded to the longest of
-them, and torch padded to 512. Each runs in a process of its own, so that peaks of
+them, and torch padded to 512; fjft and torch also go through a step's rows one by one.
+Each runs in a process of its own, so that peaks of
 memory are its own; the first losses are compared, to show that the work is equal.
 """
 
@@ -20,16 +21,47 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 STARTED = time.perf_counter()
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "smollm2_lora_quickstart.py"
 LENGTH, ROWS = 512, 4
+AGAIN = (False, True)
 MODES = ("packed", "padded to longest", f"padded to {LENGTH}")
-TORCH = [("torch", mode, again) for mode in MODES for again in (False, True)]
-TRL = [("trl", mode, again) for mode in MODES[:2] for again in (False, True)]
+
+
+class Contestant(NamedTuple):
+    """What runs beside fjft.
+
+    Attributes:
+      name: torch or trl.
+      mode: One of `MODES`.
+      again: Whether activations are worked out again in the backward pass.
+      pieces: Microbatches of a step.
+    """
+
+    name: str
+    mode: str
+    again: bool
+    pieces: int = 1
+
+    def __str__(self) -> str:
+        pieces = f", {self.pieces} pieces" if self.pieces > 1 else ""
+        return f"{self.name}, {self.mode}{pieces}{', again' if self.again else ''}"
+
+
+BESIDE = [
+    *(Contestant("torch", "packed", again, n) for n in (1, ROWS) for again in AGAIN),
+    *(Contestant("torch", mode, again) for mode in MODES[1:] for again in AGAIN),
+    *(Contestant("trl", mode, again) for mode in MODES[:2] for again in AGAIN),
+]
+OURS = [
+    {"model.remat": remat, "train.accumulation_steps": pieces}
+    for pieces in (1, ROWS)
+    for remat in ("none", "full")
+]
 OVERRIDES = {
     "data.max_length": LENGTH,
     "train.batch_size": ROWS,
@@ -51,9 +83,9 @@ def main() -> None:
     if flags.batches:
         return write_batches(Path(flags.batches), flags.steps + 1)
     if flags.torch:
-        name, mode, again = (TORCH + TRL)[flags.contestant]
-        train = train_torch if name == "torch" else train_trl
-        return print(json.dumps(train(Path(flags.torch), mode, again)))
+        contestant = BESIDE[flags.contestant]
+        train = train_torch if contestant.name == "torch" else train_trl
+        return print(json.dumps(train(Path(flags.torch), contestant)))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         here = [sys.executable, __file__, f"--steps={flags.steps}"]
@@ -64,13 +96,13 @@ def main() -> None:
         start([*here, f"--batches={directory}"])
         bench = [*fjft, "bench", *FLAGS, f"--steps={flags.steps}", "--json"]
         results = {}
-        for remat in ("none", "full"):
-            ours = json.loads(start([*bench, f"--config.model.remat={remat}"]))
-            results[f"fjft, remat={remat}"] = summarize(ours)
-        for number, (name, mode, again) in enumerate(TORCH + TRL):
+        for options in OURS:
+            changed = [f"--config.{name}={value}" for name, value in options.items()]
+            name = f"fjft, {', '.join(f'{n}={v}' for n, v in options.items())}"
+            results[name] = summarize(json.loads(start([*bench, *changed])))
+        for number, contestant in enumerate(BESIDE):
             out = start([*here, f"--torch={directory}", f"--contestant={number}"])
-            name = f"{name}, {mode}" + ", again" * again
-            results[name] = json.loads(out.splitlines()[-1])
+            results[str(contestant)] = json.loads(out.splitlines()[-1])
     print_table(results)
 
 
@@ -190,23 +222,29 @@ class Stopwatch:
         }
 
 
-def train_torch(directory: Path, mode: str, again: bool) -> dict[str, Any]:
+def train_torch(directory: Path, contestant: Contestant) -> dict[str, Any]:
     """The plain loop: forward, backward, clip, step, zero."""
     import peft
     import torch
 
     model = peft.get_peft_model(*load_model(directory))
-    if again:
+    if contestant.again:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    batches = read_batches(directory, mode)
+    batches = read_batches(directory, contestant.mode)
     watch, losses = Stopwatch(), []
     model.train()
     for batch in batches:
-        loss = model(**batch["inputs"], use_cache=False).loss
-        loss.backward()
+        loss = torch.zeros(())
+        learned = (batch["inputs"]["labels"][:, 1:] != -100).sum()
+        for piece in range(contestant.pieces):
+            rows = slice(piece, None, contestant.pieces)
+            inputs = {name: array[rows] for name, array in batch["inputs"].items()}
+            part = model(**inputs, use_cache=False, num_items_in_batch=learned).loss
+            part.backward()
+            loss += part.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -215,7 +253,7 @@ def train_torch(directory: Path, mode: str, again: bool) -> dict[str, Any]:
     return watch.measure(batches, losses[0])
 
 
-def train_trl(directory: Path, mode: str, again: bool) -> dict[str, Any]:
+def train_trl(directory: Path, contestant: Contestant) -> dict[str, Any]:
     """The trainer of trl, given tokens, labels and the lengths of a row's segments."""
     import datasets
     import transformers
@@ -223,7 +261,7 @@ def train_trl(directory: Path, mode: str, again: bool) -> dict[str, Any]:
     from trl.trainer.sft_trainer import SFTTrainer
 
     model, lora = load_model(directory)
-    batches = read_batches(directory, mode)
+    batches = read_batches(directory, contestant.mode)
     watch = Stopwatch()
 
     class Laps(transformers.TrainerCallback):
@@ -237,8 +275,8 @@ def train_trl(directory: Path, mode: str, again: bool) -> dict[str, Any]:
             max_steps=len(batches),
             per_device_train_batch_size=ROWS,
             learning_rate=1e-4,
-            gradient_checkpointing=again,
-            padding_free=mode == "packed",
+            gradient_checkpointing=contestant.again,
+            padding_free=contestant.mode == "packed",
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             train_sampling_strategy="sequential",
@@ -309,9 +347,9 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         "first step s": lambda r: f"{r['first_step_seconds']:.1f}",
         "first loss": lambda r: f"{r['first_loss']:.5f}",
     }
-    print(f"{'':34}" + "".join(f"{title:>14}" for title in columns))
+    print(f"{'':52}" + "".join(f"{title:>14}" for title in columns))
     for name, r in results.items():
-        print(f"{name:34}" + "".join(f"{say(r):>14}" for say in columns.values()))
+        print(f"{name:52}" + "".join(f"{say(r):>14}" for say in columns.values()))
     losses = [r["first_loss"] for name, r in results.items() if "packed" in name]
     losses += [r["first_loss"] for name, r in results.items() if "fjft" in name]
     if max(losses) - min(losses) > 1e-3 * min(losses):
