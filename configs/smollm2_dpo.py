@@ -12,7 +12,11 @@ ORPO does without a reference, and so also without an adapter:
     fjft train --config=configs/smollm2_dpo.py --config.objective.name=orpo \
         --config.peft.method=full --config.optimizer.learning_rate=8e-6
 
-No run of the whole recipe has been measured yet.
+Where answers of small talk are preferred to those of other questions
+(`python tests/compare_recipes.py dpo`; six minutes on two CPU cores), 20 steps of 8
+pairs bring the margin of the rewards from 0 to 0.104 and 40 to 0.138; 84 % of the pairs
+are then told apart, and the model's KL divergence from the reference is 0.0034 and
+0.0063. No run of the whole recipe has been measured yet.
 """
 
 from pathlib import Path
