@@ -38,8 +38,8 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
 }
 
-# How many times as fast products of 8 bits are; 1 elsewhere. TPUs: the same pages. GPUs:
-# from memory of the data sheets, and not checked against them.
+# How many times as fast products of 8 bits are; 1 elsewhere. TPUs: by the same pages.
+# GPUs: from memory of the data sheets, and not checked against them.
 NARROW_RATES = {
     "TPU v5 lite": {"int8": 2.0},
     "TPU v5e": {"int8": 2.0},

@@ -12,6 +12,11 @@ from jaxtyping import Array, Float, Key
 from fjft.models.cudnn import cudnn_attention, has_kernel
 from fjft.models.mask import Mask
 from fjft.models.splash import splash_attention
+from fjft.sharding import sequence_shards
+
+# How many stretches a row's queries may be cut into, and the least that one has.
+STRETCHES = (8, 4, 2)
+LEAST_STRETCH = 128
 
 ATTENTION = "attention"  # what remat policies call its output and the scores' norms
 
@@ -70,10 +75,11 @@ def attention(
 
     TPUs have a kernel for tokens that see their own rows, without biases or dropout,
     and so have NVIDIA's GPUs since Ampere, in 16 bits and without soft caps; everything
-    else is written out below, for the compiler. Scores exist for one call
-    only: the backward pass works them out again. Query head n reads key head
-    n // (N / K), and keys are never repeated in memory. What a query that is padding
-    gets is nobody's business: it has no meaning, and no gradient must come of it.
+    else is written out below, for the compiler. Scores exist for one call, of a causal
+    row for one stretch of its queries: the backward pass works them out again. Query
+    head n reads key head n // (N / K), and keys are never repeated in memory. What a
+    query that is padding gets is nobody's business: it has no meaning, and no gradient
+    must come of it.
 
     Args:
       mask: Which keys each query sees.
@@ -101,7 +107,44 @@ def attention(
     if drops:
         arguments = q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap
         return _attention_with_dropout(*arguments, dropout, rng)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale, softcap)
+    arguments = q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS
+    if mask.keys is None and mask.causal:
+        return _attend_by_stretches(*arguments, scale, softcap)
+    return _attention(*arguments, scale, softcap)
+
+
+def _attend_by_stretches(q, k, v, mask, bias, scale, softcap):
+    """Stretch after stretch of a row's queries, each with the keys that it may see.
+
+    What causality or the window hides from a whole stretch is never multiplied, and
+    only the scores of one stretch exist at a time.
+    """
+    length = q.shape[1]
+    stretch = length // _count_stretches(length)
+    outs = []
+    for start in range(0, length, stretch):
+        rows = slice(start, start + stretch)
+        seen = slice(max(0, start + 1 - (mask.window or length)), rows.stop)
+        queries, keys = (
+            jax.tree.map(lambda x, part=part: x[:, part], mask.queries)
+            for part in (rows, seen)
+        )
+        part = dataclasses.replace(mask, queries=queries, keys=keys)
+        bias_part = None if bias is None else bias[:, :, rows, seen]
+        outs.append(
+            _attention(
+                *(q[:, rows], k[:, seen], v[:, seen], part, bias_part), scale, softcap
+            )
+        )
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _count_stretches(length: int) -> int:
+    """How many stretches pay: none is so short that its products are slow."""
+    if sequence_shards(length) > 1:
+        return 1  # The devices have a stretch each already.
+    counts = (n for n in STRETCHES if length % n == 0)
+    return next((n for n in counts if length // n >= LEAST_STRETCH), 1)
 
 
 def _device() -> tuple[str, str]:

@@ -43,6 +43,10 @@ CASES = {
     "window-softcap": Case(
         B=1, T=300, N=2, K=1, H=8, causal=True, window=70, softcap=2.0
     ),
+    "stretches": Case(B=2, T=512, N=4, K=2, H=8, causal=True),
+    "stretches-window": Case(
+        B=1, T=512, N=2, K=1, H=8, causal=True, window=130, softcap=2.0
+    ),
     "softcap": Case(B=1, T=128, N=2, K=1, H=8, causal=True, softcap=2.0),
     "both-ways-window": Case(B=1, T=256, N=2, K=2, H=8, causal=False, window=33),
     "fewer-kv-heads-than-devices": Case(
@@ -85,14 +89,18 @@ def _inputs(case):
     return (q, k, v), weights * (segments != 0)[..., None, None], (positions, segments)
 
 
-def _by_torch(case):
+def _by_torch(case, *bias):
     """Loss and gradients from scores that are written out, in float64."""
     arrays, weights, (positions, segments) = _inputs(case)
-    q, k, v = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays)
+    q, k, v, *bias = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True)
+        for x in (*arrays, *bias)
+    )
     keys, values = (x.repeat_interleave(case.N // case.K, dim=2) for x in (k, v))
     scores = torch.einsum("btnh,bsnh->bnts", q, keys) * case.scale
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
+    scores = sum(bias, start=scores)
     distance = positions[:, :, None] - positions[:, None, :]
     seen = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None]
     if case.causal:
@@ -102,23 +110,24 @@ def _by_torch(case):
     scores = scores.masked_fill(~torch.tensor(seen)[:, None], torch.finfo().min)
     out = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), values)
     loss = (out * torch.tensor(weights)).sum()
-    grads = torch.autograd.grad(loss, (q, k, v))
+    grads = torch.autograd.grad(loss, (q, k, v, *bias))
     return [x.detach().numpy() for x in (loss, *grads)]
 
 
-def _by_jax(case, attend):
+def _by_jax(case, attend, *bias):
     arrays, weights, places = _inputs(case)
     mask = Mask(
         Places(*map(jnp.asarray, places)), window=case.window, causal=case.causal
     )
 
     @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
-    def loss(q, k, v):
-        out = attend(q, k, v, mask, scale=case.scale, softcap=case.softcap)
+    @functools.partial(jax.value_and_grad, argnums=tuple(range(3 + len(bias))))
+    def loss(q, k, v, *bias):
+        options = dict(zip(("bias_BNTS",), bias, strict=False))
+        out = attend(q, k, v, mask, scale=case.scale, softcap=case.softcap, **options)
         return jnp.sum(out * weights)
 
-    value, grads = loss(*map(jnp.asarray, arrays))
+    value, grads = loss(*map(jnp.asarray, (*arrays, *bias)))
     return [np.asarray(x) for x in (value, *grads)]
 
 
@@ -163,14 +172,21 @@ def test_where_one_kernel_gives_all_gradients(queries, keys, width, window, bloc
     assert sizes.block_kv_dkv == (block or 512)
 
 
-def _check(case, attend):
+@pytest.mark.parametrize("case", ["grouped", "stretches"])
+def test_a_bias_gets_its_gradient(case):
+    case = CASES[case]
+    shape = (1, case.N, case.T, case.T)
+    _check(case, attention, np.random.default_rng(1).standard_normal(shape, np.float32))
+
+
+def _check(case, attend, *bias):
     if case.mesh is None:
-        ours = _by_jax(case, attend)
+        ours = _by_jax(case, attend, *bias)
     else:
         devices = jax.devices()[: math.prod(dataclasses.astuple(case.mesh))]
         with jax.set_mesh(sharding.make_mesh(case.mesh, devices)):
             ours = _by_jax(case, attend)
-    for got, expected in zip(ours, _by_torch(case), strict=True):
+    for got, expected in zip(ours, _by_torch(case, *bias), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
