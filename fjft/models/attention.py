@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from fjft.models.cudnn import cudnn_attention, has_kernel
 from fjft.models.mask import Mask
 from fjft.models.splash import splash_attention
-from fjft.sharding import sequence_shards
+from fjft.sharding import current_device, sequence_shards
 
 # How many stretches a row's queries may be cut into, and the least that one has.
 STRETCHES = (8, 4, 2)
@@ -91,7 +91,7 @@ def attention(
       way: Which kernels may do it.
     """
     drops = dropout > 0 and rng is not None
-    platform, kind = _device()
+    platform, kind = current_device()
     is_plain = mask.keys is None and bias_BNTS is None and not drops
     is_plain = is_plain and way.kernels == "auto"
     if is_plain and platform == "tpu":
@@ -145,12 +145,6 @@ def _count_stretches(length: int) -> int:
         return 1  # The devices have a stretch each already.
     counts = (n for n in STRETCHES if length % n == 0)
     return next((n for n in counts if length // n >= LEAST_STRETCH), 1)
-
-
-def _device() -> tuple[str, str]:
-    """Platform and kind of what will run this, which need not be this machine's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return ("", "") if device is None else (device.platform, device.device_kind)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fjft.models.narrow import narrow_product
+from fjft.models.product import product
 from fjft.models.quantized import Quantized
 
 Initializer = Callable[..., jax.Array]
@@ -139,7 +140,7 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(x.dtype)
         if self.matmuls:
             return narrow_product(self.matmuls, x, weight)
-        return jnp.einsum("...i,oi->...o", x, weight)
+        return product(x, weight)
 
     def terms(
         self, x: Float[Array, "*B in"], rng: Key[Array, ""] | None = None
@@ -167,9 +168,7 @@ def own_key(rng: jax.Array | None, name: str) -> jax.Array | None:
 
 def sum_terms(terms: Terms) -> Float[Array, "*B out"]:
     """The output that the products add up to, in the inputs' type."""
-    first, *rest = (
-        jnp.einsum("...i,oi->...o", x, matrix.astype(x.dtype)) for x, matrix in terms
-    )
+    first, *rest = (product(x, matrix.astype(x.dtype)) for x, matrix in terms)
     return sum(rest, start=first)
 
 

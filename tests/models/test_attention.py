@@ -225,7 +225,7 @@ def test_a_mesh_of_tpus_never_holds_scores_or_a_mask():
     ids=["llama", "bert", "modernbert", "bart"],
 )
 def test_a_model_may_be_told_to_take_no_kernel(monkeypatch, make_twin, inputs):
-    monkeypatch.setattr("fjft.models.attention._device", lambda: ("tpu", ""))
+    monkeypatch.setattr("fjft.models.attention.current_device", lambda: ("tpu", ""))
     files = tiny.memory_files(make_twin())
     taken = {}
     for kernels in ("auto", "xla"):
