@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from fjft.errors import UserError
 
@@ -42,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 is good, 1 what the user can mend, 130 an interruption. A wrong
       use of flags exits with 2; any other exception is a bug and keeps its trace.
     """
+    is_own_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         return _without_command(argv)
     _quieten_libraries()
     _take_memory()
+    if is_own_process and not {"-h", "--help"} & set(argv):
+        _leave_out_torch()
     debug = "--debug" in argv
     try:
         command = importlib.import_module(f"fjft.cli.{argv[0]}")
@@ -116,6 +120,18 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Orbax logs its own steps, through absl.
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _leave_out_torch() -> None:
+    """Imports transformers as if PyTorch were not there, and nothing else so.
+
+    Where it is, transformers imports it, which takes seconds and memory for nothing.
+    """
+    if "torch" not in sys.modules:
+        hidden: dict[str, Any] = sys.modules  # None makes an import fail.
+        hidden["torch"] = None
+        importlib.import_module("transformers.configuration_utils")
+        del hidden["torch"]
 
 
 def _take_memory() -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -140,3 +142,16 @@ def test_values_from_python_are_checked(llama, write_config, tmp_path):
     path = write_config(llama, tmp_path)
     with pytest.raises(UserError, match=r"train.max_steps='3'.*a whole number"):
         build.load_config(path, {"train.max_steps": "3"})
+
+
+def test_transformers_comes_without_torch_which_may_come_later():
+    program = (
+        "import sys\n"
+        "from fjft.cli import main\n"
+        "main._leave_out_torch()\n"
+        "import transformers\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not transformers.is_torch_available()\n"
+        "import torch\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
