@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fjft.cli import flags
+from fjft.cli import STARTED, flags
 from fjft.errors import UserError
 
 
@@ -114,7 +114,6 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
 
     from fjft import sharding, tree
     from fjft.build import build_experiment
-    from fjft.cli.main import STARTED
     from fjft.telemetry_speed import peak_flops
     from fjft.training.placing import place
 

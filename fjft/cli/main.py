@@ -7,14 +7,10 @@ import importlib.metadata
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fjft.errors import UserError
-
-# From here `fjft bench` counts: the time until the first step is what a user waits.
-STARTED = time.perf_counter()
 
 COMMANDS = {
     "train": "fine-tune a model as a config says",
