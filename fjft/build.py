@@ -77,8 +77,7 @@ class ModelConfig:
       tokenizer: A key of `vocabulary.KINDS`: such a model has a tokenizer trained on
         `data.train`, of at most `vocab_size` tokens; "" is that of `source`.
       attention: `auto` attends by a kernel where the device has one, as TPUs and GPUs
-        since Ampere have; `xla` leaves it to the compiler, in a run and its own
-        evaluations.
+        since Ampere have; `xla` leaves it to the compiler.
       attention_block: Queries and keys that a TPU's kernel takes at once, a multiple
         of 128; 0 chooses by shape.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.

@@ -191,6 +191,7 @@ def load(weights: Weights, mesh: Any) -> Any:
       UserError: The model, the adapter or the checkpoint will not do.
     """
     from fjft import pretrained
+    from fjft.models.attention import set_way
 
     labels = weights.experiment and weights.experiment.find_labels()
     head: dict[str, Any] = {}
@@ -209,6 +210,8 @@ def load(weights: Weights, mesh: Any) -> Any:
             quantization=weights.quantization,
             **head,
         )
+    if weights.experiment is not None:
+        set_way(model, weights.experiment.model.way)
     if labels is not None:
         files = pretrained.name_labels(model.provenance.files, labels)
         model.provenance = dataclasses.replace(model.provenance, files=files)
