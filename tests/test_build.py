@@ -59,6 +59,7 @@ def test_sections_become_checked_dataclasses():
         ({"objective": {"name": "dream"}}, "objective.name='dream'.*'causal_lm'"),
         ({"model": {"source": "x", "dtype": "int8"}}, "model.dtype='int8'.*'bfloat16'"),
         ({"model": {"source": "x", "remat": "some"}}, "model.remat='some'.*'full'"),
+        ({"checkpoint": {"directory": "gs://b/run"}}, "'gs://b/run' is no directory"),
         (
             {"model": {"source": "x", "attention_block": 100}},
             "model.attention_block=100 is not a multiple of 128",

@@ -26,7 +26,7 @@ class Config:
     """Where and how often a run is saved.
 
     Attributes:
-      directory: All that a run writes goes there.
+      directory: All that a run writes goes there; a bucket is to be mounted.
       save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
       save_total_limit: Checkpoints kept, counted from the last; the best of those that
         were judged is kept besides.
@@ -43,6 +43,11 @@ class Config:
             raise UserError(
                 f"checkpoint.save_steps={self.save_steps} must not be negative and "
                 f"checkpoint.save_total_limit={self.save_total_limit} at least 1"
+            )
+        if "://" in self.directory:
+            raise UserError(
+                f"checkpoint.directory={self.directory!r} is no directory; mount the "
+                "bucket, as gcsfuse and s3fs do, and name a place in it"
             )
 
 
