@@ -7,8 +7,8 @@ the very same packed rows, four of 512 tokens a step, with and without activatio
 worked out again in the backward pass. torch and trl also run on the same examples
 unpacked, as most trainers feed them: four examples a step, padded to the longest of
 them, and torch padded to 512; fjft and torch also go through a step's rows one by one.
-Each runs in a process of its own, so that peaks of
-memory are its own; the first losses are compared, to show that the work is equal.
+Each runs in a process of its own, so that peaks of memory are its own; the first losses
+are compared, to show that the work is equal.
 """
 
 import argparse
