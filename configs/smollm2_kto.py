@@ -11,7 +11,10 @@ learns from a file beside this one.
 Where there are fewer good answers than bad ones, their number times
 objective.desirable_weight should be 1 to 4/3 of the others', or the other way round.
 
-No run of the whole recipe has been measured yet.
+Where every other question of small talk has the answer to another one
+(`python tests/compare_recipes.py kto`; 40 steps of 8, six minutes on two CPU cores),
+the reward of good answers comes to 0.156 and that of bad ones to 0.029, and 78 % are
+told right. No run of the whole recipe has been measured yet.
 """
 
 from pathlib import Path

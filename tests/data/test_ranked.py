@@ -29,9 +29,9 @@ def test_rows_become_what_trl_makes_of_them(chatml, tmp_path, row):
     assert name == "preference"
     [example] = encoder.encode([sample])
     assert isinstance(example, Example)
-    unused: Any = None
-    [theirs] = RewardTrainer._prepare_dataset(
-        unused,
+    trainer: Any = RewardTrainer
+    [theirs] = trainer._prepare_dataset(
+        None,
         datasets.Dataset.from_list([row]),
         chatml,
         RewardConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
