@@ -7,7 +7,9 @@ paragraph for itself; a twentieth is held out. Spans are taken out of them as T5
 pretrained, anew in every epoch, and the tokenizer is trained on them before. Of
 `configs/cmudict_t5` only the kind of model counts.
 
-No run of the whole recipe has been measured yet.
+After 100 steps of 16 rows (`python tests/compare_recipes.py news`; seven minutes on two
+CPU cores) the perplexity of what was taken out is 643; it begins at 12,344. No run of
+the whole recipe has been measured yet.
 """
 
 import ml_collections
