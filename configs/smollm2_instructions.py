@@ -9,12 +9,13 @@ each question, by the trained model, and with `--base` by the one it began as:
 
     fjft evaluate --run=runs/smollm2_instructions --config.data.eval_shots=3
 
-Measured with no examples shown: of the tweets' moods 0 % are right to the letter before
-and 41.7 % after (`eval_tweets_exact_match`; the loss goes from 4.29 to 0.89), while
-answers to small talk become short and have less in common with the right ones
-(`eval_talk_token_f1` from 12.2 to 6.6). That took 8 minutes of processor time, with two
-restarts; on two cores a step of 512 tokens takes 3 s. With three examples shown,
-27.1 % of the moods are right before and 41.7 % after.
+Measured, before and after the 32 steps, which take three minutes on two CPU cores; of
+the tweets' moods what is right to the letter (`eval_tweets_exact_match`), of small talk
+the words in common with the right answer (`eval_talk_token_f1`), both in percent:
+
+    examples shown    moods           small talk
+    none              0.0 and 50.0    12.2 and 12.6
+    three            25.0 and 41.7    12.0 and 13.4
 """
 
 import ml_collections
