@@ -92,8 +92,7 @@ def test_torch_is_never_needed(file):
     name, tree = file
     for module in _imports(tree):
         assert module.partition(".")[0] not in {"torch", "peft", "trl"}, name
-        # Only the mapping of names to names, which needs no torch.
-        assert "modeling" not in module or module.endswith("modeling_auto"), name
+        assert "modeling" not in module, name
 
 
 def test_only_the_command_line_touches_flags(file):

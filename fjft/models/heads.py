@@ -1,6 +1,7 @@
 """The table of heads: what lies on top of a model, and which of them one has."""
 
 import copy
+import importlib
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -95,11 +96,11 @@ def class_name(model_type: str, head: str) -> str:
     Raises:
       UserError: The model type has no such class.
     """
-    from transformers.models.auto import modeling_auto
-
     if head not in _CLASSES:
         raise UserError(f"head={head!r} is unknown; use one of {list(_CLASSES)}")
-    name = getattr(modeling_auto, _CLASSES[head][0]).get(model_type)
+    # Through its package it would be a stand-in that asks for PyTorch.
+    names = importlib.import_module("transformers.models.auto.modeling_auto")
+    name = getattr(names, _CLASSES[head][0]).get(model_type)
     if name is None:
         raise UserError(f"transformers has no {model_type} model with head={head!r}")
     return name if isinstance(name, str) else name[0]

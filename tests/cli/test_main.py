@@ -144,6 +144,18 @@ def test_values_from_python_are_checked(llama, write_config, tmp_path):
         build.load_config(path, {"train.max_steps": "3"})
 
 
+def test_a_model_from_random_weights_needs_no_torch(tmp_path):
+    flags = f"--config.checkpoint.directory={tmp_path}"
+    program = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fjft.cli.main import main\n"
+        f"sys.exit(main(['train', '--config=configs/cmudict_t5.py:smoke', {flags!r}]))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_transformers_comes_without_torch_which_may_come_later():
     program = (
         "import sys\n"
