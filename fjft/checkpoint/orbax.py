@@ -148,9 +148,12 @@ class Checkpoints:
             raise _write_error(self._directory, error) from error
 
     def close(self) -> None:
-        """Waits, and frees the background threads."""
+        """Waits, and frees the background threads; raises as `wait` does."""
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()  # It waits too, for the files beside the arrays.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _write_error(self._directory, error) from error
 
 
 class _KeptStep:
