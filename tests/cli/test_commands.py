@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from peft import PeftModel
+
+import fjft
+from fjft.build import build_experiment
+from fjft.cli import weights
+from fjft.models.attention import Attending, Way
 
 PROMPT = "What is your favourite food?"
 
@@ -176,3 +182,13 @@ def test_bench_on_random_tokens(call, of_run):
     assert said.code == 0, said
     assert "100.0% of them useful" in said.out
     assert "the peak is not known" in said.out
+
+
+@pytest.mark.parametrize("step", [None, 2], ids=["bare", "checkpoint"])
+def test_weights_attend_as_their_config_says(llama, finished, step):
+    config = fjft.load_config(str(finished / "config.py"), {"model.attention": "xla"})
+    experiment = build_experiment(config)
+    found = weights.Weights(source=str(llama), step=step, experiment=experiment)
+    model = weights.load(found, weights.make_mesh(found))
+    ways = {m.way for _, m in nnx.iter_modules(model) if isinstance(m, Attending)}
+    assert ways == {Way("xla")}
