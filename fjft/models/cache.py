@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
+
+from fjft.models.bits import as_bits, as_numbers
 
 
 @jax.tree_util.register_dataclass
@@ -15,15 +17,15 @@ class Cache:
     Rows of different length are padded on the left. A slot of segment 0 is empty.
 
     Attributes:
-      keys: Float[L, B, S, K, H].
-      values: Float[L, B, S, K, H].
+      keys: Float[L, B, S, K, H], as bits; see `as_bits`.
+      values: The same.
       positions: Int32[B, S].
       segment_ids: Int32[B, S]; 0 is padding or not yet written.
       length: Int32 scalar, the slots written so far.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Shaped[Array, "L B S K H"]
+    values: Shaped[Array, "L B S K H"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
@@ -51,19 +53,22 @@ class Cache:
     ) -> "Cache":
         """Puts one layer's new keys and values into the slots after `length`."""
         start = (layer, 0, self.length, 0, 0)
+        keys, values = as_bits((k_BTKH[None], v_BTKH[None]))
         return dataclasses.replace(
             self,
-            keys=jax.lax.dynamic_update_slice(self.keys, k_BTKH[None], start),
-            values=jax.lax.dynamic_update_slice(self.values, v_BTKH[None], start),
+            keys=jax.lax.dynamic_update_slice(self.keys, keys, start),
+            values=jax.lax.dynamic_update_slice(self.values, values, start),
         )
 
     def layer(
         self, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """One layer's keys and values, all slots."""
-        return tuple(
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-            for x in (self.keys, self.values)
+        return as_numbers(
+            tuple(
+                jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+                for x in (self.keys, self.values)
+            )
         )
 
     def advance(self, num_tokens: int) -> "Cache":
@@ -83,8 +88,8 @@ def init_cache(
     shape = (num_layers, batch_size, num_slots, num_kv_heads, head_dim)
     slots = jnp.zeros((batch_size, num_slots), jnp.int32)
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=as_bits(jnp.zeros(shape, dtype)),
+        values=as_bits(jnp.zeros(shape, dtype)),
         positions=slots,
         segment_ids=slots,
         length=jnp.zeros((), jnp.int32),

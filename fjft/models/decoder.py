@@ -238,7 +238,10 @@ class Decoder(nnx.Module):
 
         load = None if self.arch.experts is None else no_load(self.arch.experts)
         x_BTD, cache, load = self.layers.scan(
-            body, (x_BTD, cache, load), REMAT_POLICIES[remat]
+            body,
+            (x_BTD, cache, load),
+            REMAT_POLICIES[remat],
+            forward_only=cache is not None,
         )
         if cache is not None:
             cache = cache.advance(positions_BT.shape[1])

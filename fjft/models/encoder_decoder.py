@@ -250,7 +250,7 @@ class EncoderDecoder(nnx.Module):
         def body(block, source, layer):
             return source.write(layer, *block.cross.keys_values(memory.states, None))
 
-        source = self.decoder.layers.scan(body, source).advance(E)
+        source = self.decoder.layers.scan(body, source, forward_only=True).advance(E)
         prefix = prefix_of(self.prompt, self.compute_dtype)
         if prefix is None:
             tokens = init_cache(side.num_layers, B, num_slots, *shape)

@@ -118,7 +118,12 @@ class Half(nnx.Module):
             key = None if rng is None else jax.random.fold_in(keys[1], layer)
             return block(x, view, layer, tokens, source, key)
 
-        x_BTD, tokens = self.layers.scan(body, (x_BTD, tokens), REMAT_POLICIES[remat])
+        x_BTD, tokens = self.layers.scan(
+            body,
+            (x_BTD, tokens),
+            REMAT_POLICIES[remat],
+            forward_only=cache is not None,
+        )
         if cache is not None:
             tokens = tokens.advance(positions_BT.shape[1])
             cache = dataclasses.replace(cache, tokens=tokens)

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from fjft.errors import UserError
+from fjft.models.bits import as_bits
 from fjft.models.cache import Cache
 from fjft.models.mask import SHARED
 from fjft.sharding import constrain
@@ -68,7 +69,9 @@ class Prefix:
         B = cache.keys.shape[1]
         cache = cache.reserve(*virtual_places(B, N))
         shape = (L, B, N, K, H)
-        k, v = (jnp.broadcast_to(self.keys_values[:, i, None], shape) for i in range(2))
+        k, v = as_bits(
+            [jnp.broadcast_to(self.keys_values[:, i, None], shape) for i in range(2)]
+        )
         return dataclasses.replace(
             cache,
             keys=cache.keys.at[:, :, :N].set(k),

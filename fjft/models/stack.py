@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fjft.models.attention import ATTENTION
+from fjft.models.bits import as_bits, as_numbers
 from fjft.models.cudnn import is_kernel
 from fjft.models.layers import Maker, Shared
 
@@ -91,6 +92,7 @@ class Stack(nnx.Module):
         body: Callable[[nnx.Module, Any, jax.Array], Any],
         carry: Any,
         remat: Callable[[Callable], Callable] = lambda f: f,
+        forward_only: bool = False,
     ) -> Any:
         """Runs `carry = body(block, carry, layer)` over all layers, in order.
 
@@ -98,15 +100,18 @@ class Stack(nnx.Module):
           body: Applies one layer; `layer` is its number, a traced int32 scalar.
           carry: Any pytree, of the same shapes in and out.
           remat: Wraps the body, to choose what the backward pass recomputes.
+          forward_only: Nothing is differentiated, so that layers may be cut out of
+            their stacks in whatever form is fastest.
         """
         for run in self.runs:
             graphdefs, shared, states = zip(
                 *(nnx.split(self.blocks[i], Shared, ...) for i in run), strict=True
             )
             numbers = jnp.array([self.layers[i] for i in run], jnp.int32).T
+            states = as_bits(states) if forward_only else states
 
             def step(carry, xs, graphdefs=graphdefs, shared=shared):
-                states, numbers = xs
+                states, numbers = as_numbers(xs)
                 carry = jax.tree.map(_name_hidden_states, carry)
                 for m, (graphdef, *parts) in enumerate(
                     zip(graphdefs, shared, states, strict=True)
