@@ -162,11 +162,11 @@ def largest_fitting(
     fitting, refused = 1, None
     slope, base = max(peak - static, 1), static
     for _ in range(_MOST_COMPILES):
-        if refused is not None and refused - 1 <= fitting * (1 + slack):
-            break
         guess = max(int((limit - base) / slope), fitting + 1)
         if refused is not None:
             guess = min(guess, refused - 1)
+        if guess <= fitting * (1 + slack):
+            break
         fits, found = measure(guess)
         if found > peak and fits:
             slope, base = (found - peak) / (guess - fitting), found
