@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         return _without_command(argv)
+    if is_own_process:
+        _take_large_pages()
     _quieten_libraries()
     _take_memory()
     if is_own_process and not {"-h", "--help"} & set(argv):
@@ -128,6 +130,18 @@ def _leave_out_torch() -> None:
         hidden["torch"] = None
         importlib.import_module("transformers.configuration_utils")
         del hidden["torch"]
+
+
+def _take_large_pages() -> None:
+    """Starts the process anew, so that Linux gives it memory in pages of megabytes.
+
+    glibc asks for them only if it is told so before a program begins. A train step on a
+    CPU touches gigabytes that are new to it, and spends up to a sixth of its time on
+    pages of 4 KiB.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _take_memory() -> None:

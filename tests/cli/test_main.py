@@ -167,3 +167,34 @@ def test_transformers_comes_without_torch_which_may_come_later():
         "import torch\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (None, ["None", "glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.check=0", ["glibc.malloc.check=0"]),
+    ],
+)
+def test_a_process_starts_anew_once_to_take_large_pages(given, seen):
+    program = (
+        "import os, sys\n"
+        "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), flush=True)\n"
+        "from fjft.cli.main import main\n"
+        "sys.argv = ['fjft', 'plan', '--help']\n"
+        "main()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | ({} if given is None else {"GLIBC_TUNABLES": given}),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    starts, usage = out.split("usage:")
+    tunables, processes = zip(*map(str.split, starts.splitlines()), strict=True)
+    assert list(tunables) == seen
+    assert len(set(processes)) == 1
+    assert "fjft plan" in usage
