@@ -23,6 +23,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
+from fjft.data import kept  # noqa: E402
+
+kept.MIN_SECONDS = float("inf")  # tests leave nothing behind
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,6 +10,7 @@ Rows flow through one file per stage, in this order:
     tokenize      -> token ids, and labels that are -100 where nothing is learned
     labelled      instead of these: a row -> token ids, and a label for all of it
     examples      ids and labels, spooled to disk
+    kept          these, for the next start
     mixture       of several sources: -> as often as each one's examples are due
     pack          examples -> rows of fixed length with segment ids
     loader        rows -> this process's part of each global batch

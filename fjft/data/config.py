@@ -80,6 +80,8 @@ class Config:
       mean_noise_span_length: Tokens in such a span, on average.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
       strict: The first row that cannot be used is an error.
+      cache: Where tokenized data are kept for the next start, if tokenizing them took
+        more than some seconds; "" keeps none.
     """
 
     train: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = ()
@@ -108,6 +110,7 @@ class Config:
     mean_noise_span_length: float = 3.0
     shuffle: bool = True
     strict: bool = False
+    cache: str = "~/.cache/fjft/data"
 
     def __post_init__(self) -> None:
         if self.train_on not in TRAIN_ON:

@@ -45,7 +45,7 @@ def load_examples(
     if not list_specs(config.train):
         raise UserError("data.train is empty; name a file, a package or a dataset")
     encoder = make_encoder(tokenizer, config)
-    reader = Reader(config, encoder, seed)
+    reader = Reader(config, encoder, tokenizer, seed)
     examples, report = reader.make_examples(config.train_sources, "train")
     if isinstance(config.train, Mapping):
         check_sources(examples, report.sources)

@@ -119,6 +119,8 @@ class Examples:
     """A sequence of examples.
 
     Attributes:
+      tokens: int32 [total, columns], all of them in a file.
+      starts: int64 [n], where each begins in it.
       columns: The names of their columns.
       labels: What `targets` mean; None where there are none.
       targets: [n, ...], what each example as a whole is labelled with, or None.
@@ -142,8 +144,8 @@ class Examples:
         targets: np.ndarray | None = None,
         notes: Notes | None = None,
     ):
-        self._tokens = tokens  # int32 [total, columns]
-        self._starts = starts  # int64 [n]: where each example begins
+        self.tokens = tokens
+        self.starts = starts
         self.lengths = lengths
         self.supervised = supervised
         self.row_numbers = row_numbers
@@ -156,8 +158,8 @@ class Examples:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        start = self._starts[index]
-        rows = self._tokens[start : start + self.lengths[index]]
+        start = self.starts[index]
+        rows = self.tokens[start : start + self.lengths[index]]
         return Example(
             {name: rows[:, i] for i, name in enumerate(self.columns)},
             None if self.targets is None else self.targets[index],
@@ -166,8 +168,8 @@ class Examples:
     def take(self, indices: np.ndarray) -> "Examples":
         """The examples at `indices`, sharing the same file."""
         return Examples(
-            self._tokens,
-            self._starts[indices],
+            self.tokens,
+            self.starts[indices],
             self.lengths[indices],
             self.supervised[indices],
             self.row_numbers[indices],

@@ -1,11 +1,13 @@
 """Reads rows and makes examples of them, with an account of what became of each."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fjft.data import kept
 from fjft.data.config import Config
 from fjft.data.examples import Draw, Encoded, Example, Examples, Labels, Spool
 from fjft.data.files import Row
@@ -69,17 +71,19 @@ class Reader:
     Args:
       config: The data section.
       encoder: What makes examples of what rows say.
+      tokenizer: The encoder's.
       seed: Chooses each row's instruction.
 
     Raises:
       UserError: A template of an instruction is broken.
     """
 
-    def __init__(self, config: Config, encoder: Encoder, seed: int):
+    def __init__(self, config: Config, encoder: Encoder, tokenizer: Any, seed: int):
         self._encoder = encoder
         self._strict = config.strict
         self._sample_by = config.sample_by
         self._instructions = Instructions(config, seed)
+        self._keeper = kept.Keeper(config, tokenizer, encoder.labels, seed)
 
     def read(self, sources: Mapping[str, Any], split: str) -> Iterator[Sampled]:
         """Reads the rows of sources, one source after the other."""
@@ -118,6 +122,28 @@ class Reader:
         Raises:
           UserError: As `dataset.load_examples`.
         """
+        if show is not None or numbers is not None:
+            return self._tokenize(sources, option, show, numbers)
+        place = self._keeper.find_place(sources, option)
+        encoder = self._encoder
+        found = place and kept.load(place, encoder.columns, encoder.labels)
+        if found:
+            return found
+        started = time.perf_counter()
+        made = self._tokenize(sources, option)
+        if place and time.perf_counter() - started >= kept.MIN_SECONDS:
+            examples, report = made
+            return examples, kept.save(place, examples, report)
+        return made
+
+    def _tokenize(
+        self,
+        sources: Mapping[str, Any],
+        option: str,
+        show: Callable[[Sampled], Any] | None = None,
+        numbers: set[int] | None = None,
+    ) -> tuple[Examples, Report]:
+        """The same, of rows as they are now."""
         encoder = self._encoder
         report = Report(option, strict=self._strict, generates=encoder.generates)
         report.sources.update(dict.fromkeys(sources, 0))

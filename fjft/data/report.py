@@ -49,6 +49,7 @@ class Report:
       packed_rows: Rows of `max_length` after packing; 0 without packing.
       efficiency: Fraction of positions in rows that are not padding (0 to 1). Without
         packing, with each example in its own smallest bucket.
+      kept: Whether it was, or will be, read without tokenizing again.
       evals: The accounts of separate evaluation sources.
     """
 
@@ -79,6 +80,7 @@ class Report:
     mixture: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     packed_rows: int = 0
     efficiency: float = 0.0
+    kept: str = ""
     evals: "list[Report]" = dataclasses.field(default_factory=list)
 
     def reject(self, place: str, reason: str, detail: str = "") -> None:
@@ -159,4 +161,6 @@ class Report:
         )
         kind = f"{self.packed_rows:,} packed rows" if self.packed_rows else "padded"
         lines.append(f"  {kind}, {self.efficiency:.1%} of positions hold tokens")
+        if self.kept:
+            lines.append(f"  {self.kept}")
         return lines + [line for part in self.evals for line in part.describe()]

@@ -41,9 +41,10 @@ class Chip:
 
 # Bandwidths: https://cloud.google.com/tpu/docs, the page of each version ("key chip
 # specifications"); what is given there for both directions is halved. Memory: what
-# libtpu 0.0.42 grants when it compiles. Prices: on demand in us-central1 and us-central2,
-# as skypilot-org/skypilot-catalog had them from Google's billing (catalogs/v8/gcp/vms.csv
-# at 006059e); tpu7x's is from memory and not checked. Give yours with `--price`.
+# libtpu 0.0.42 grants when it compiles. Prices: on demand in us-central1 (v4's: in
+# us-central2), as Google's billing told skypilot-org/skypilot-catalog: file
+# catalogs/v8/gcp/vms.csv at 006059e; tpu7x's is from memory and not checked. Give the
+# one you pay with `--price`.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         kind="TPU v4",
