@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fjft.build import option_types
+from fjft.build import build_experiment, option_types
 from fjft.errors import UserError
 from fjft.models.stack import REMAT_POLICIES
 from fjft.planning.planner import Planner
@@ -14,8 +14,12 @@ from fjft.training.fit import gib
 
 # Tokens a device whose logits exist at a time.
 CHUNKS = (512, 1024, 2048, 4096)
+# Microbatches of a step.
+PIECES = (2, 4)
 # How near the largest batch is near enough, in parts of it, until the rest is settled.
 SLACK = 0.1
+# How much faster a step of several microbatches must be, whose batch is so much larger.
+WORTH_PIECES = 1.01
 
 Changes = dict[str, Any]
 
@@ -56,9 +60,11 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
     """Searches the settings of highest estimated tokens a second that fit.
 
     One kind of setting after the other: how devices share the work, what is
-    recomputed, how many logits exist at a time; each with about the largest batch that
-    fits, and the best one in the end with the largest. Settings whose products alone
-    take longer than the best so far are given up after one compile.
+    recomputed, how many logits exist at a time, into how many microbatches a step is
+    cut; each with about the largest batch that fits, and the best one in the end with
+    the largest. Settings whose products alone take longer than the best so far are
+    given up after one compile. What rows of half and of double the length come to is
+    told but not chosen: they would hold other examples.
 
     Args:
       planner: Of the config to start from.
@@ -74,11 +80,17 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
             "tuned for it; name a target such as v5e-8"
         )
     best = Tried({}, None)
-    for choices in (_meshes(planner), _remats(), _chunks(planner)):
+    for choices, least_gain in (
+        (_meshes(planner), 1.0),
+        (_remats(), 1.0),
+        (_chunks(planner), 1.0),
+        (_pieces(), WORTH_PIECES),
+    ):
         for choice in choices:
-            tried = _try(planner, best.changes | choice, best.speed)
+            to_beat = best.speed * least_gain
+            tried = _try(planner, best.changes | choice, to_beat)
             say(tried.describe())
-            if tried.speed > best.speed:
+            if tried.speed > to_beat:
                 best = tried
     if best.report is None:
         raise UserError(
@@ -88,6 +100,8 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
         )
     largest = _try(planner, best.changes, slack=0.0)
     say(largest.describe())
+    for choice in _lengths(planner):
+        say(f"not chosen: {_try(planner, best.changes | choice).describe()}")
     return max(best, largest, key=lambda tried: tried.speed)
 
 
@@ -95,7 +109,7 @@ def _try(
     planner: Planner, changes: Changes, to_beat: float = 0.0, slack: float = SLACK
 ) -> Tried:
     """Settings with the largest batch, or the smallest if no batch beats the best."""
-    changes = changes | {"train.accumulation_steps": 1}
+    changes = {"train.accumulation_steps": 1} | changes
     changes.pop("train.batch_size", None)
 
     def plan(batch: int) -> Tried:
@@ -134,6 +148,15 @@ def _remats() -> Iterator[Changes]:
 def _chunks(planner: Planner) -> Iterator[Changes]:
     if "objective.chunk_tokens" in option_types(planner.config.to_dict()):
         yield from ({"objective.chunk_tokens": tokens} for tokens in CHUNKS)
+
+
+def _pieces() -> Iterator[Changes]:
+    return ({"train.accumulation_steps": pieces} for pieces in PIECES)
+
+
+def _lengths(planner: Planner) -> Iterator[Changes]:
+    length = build_experiment(planner.config).data.max_length
+    return ({"data.max_length": n} for n in (length // 2, length * 2))
 
 
 def advise(planner: Planner) -> Iterator[Tried]:

@@ -56,7 +56,9 @@ def make_report(**changes: Any) -> Report:
 class MadeUp:
     """Weights of 2 GiB on a chip of 10; a lighter policy is faster and takes more."""
 
-    def __init__(self, limit: int | None = 10 * GIB, fixed: float = 2.0):
+    def __init__(
+        self, limit: int | None = 10 * GIB, fixed: float = 2.0, update: float = 0.0
+    ):
         self.target = Target(
             name="x-1",
             devices=jax.devices()[:1],
@@ -68,28 +70,31 @@ class MadeUp:
         )
         self.config = fjft.load_config("configs/llama31_8b_lora.py")
         self.fixed = fixed
+        self.update = update  # seconds of memory traffic
         self.searched = []
 
     def least_batch(self, changes):
-        return 1
+        return changes.get("train.accumulation_steps", 1)
 
     def max_batch(self, changes, slack):
         self.searched.append(changes)
         room, _ = cost(changes.get("model.remat", "full"))
-        return max(0, int((10 - self.fixed) / room))
+        pieces = changes.get("train.accumulation_steps", 1)
+        return max(0, int((10 - self.fixed) / room)) * pieces
 
     def plan(self, changes):
         batch = changes["train.batch_size"]
         room, work = cost(changes.get("model.remat", "full"))
         chunk = changes.get("objective.chunk_tokens", 512)
+        pieces = changes.get("train.accumulation_steps", 1)
         seconds = batch * work * (1 + 1 / chunk)
-        peak = int((self.fixed + room * batch) * GIB)
+        peak = int((self.fixed + room * batch / pieces) * GIB)
         return make_report(
             batch_size=batch,
             fits=peak <= 10 * GIB,
             peak_bytes=peak,
             compute_seconds=seconds,
-            memory_seconds=0.0,
+            memory_seconds=seconds + self.update if self.update else 0.0,
             link_seconds=0.0,
         )
 
@@ -106,8 +111,18 @@ def test_the_fastest_that_fits_wins():
     assert any("does not fit" in line and "none" in line for line in said)
     # What computes longer than the best took is not given a batch.
     searched = [changes.get("model.remat") for changes in planner.searched]
-    assert searched == [None, *["dots"] * 5]
+    assert searched == [None, *["dots"] * 7]
     assert any("at most" in line and "offload" in line for line in said)
+    length = planner.config.data.max_length
+    shorter, longer = (line for line in said if line.startswith("not chosen: "))
+    assert f"data.max_length={length // 2}" in shorter
+    assert f"data.max_length={length * 2}" in longer
+
+
+def test_a_step_is_cut_where_that_is_worth_its_batch():
+    best = tune.tune(MadeUp(update=2.0))  # type: ignore[arg-type]
+    assert best.changes["train.accumulation_steps"] == 4
+    assert best.changes["train.batch_size"] == 80
 
 
 def test_nothing_fits():
