@@ -58,10 +58,16 @@ class Keeper:
         self, config: Config, tokenizer: Any, labels: Labels | None, seed: int
     ):
         self._root = Path(config.cache).expanduser() if config.cache else None
-        self._config = dataclasses.replace(config, **_LATER)
-        self._tokenizer = tokenizer
-        self._labels = labels
-        self._seed = seed
+        self._digest = hashlib.blake2b(digest_size=16)
+        for fact in (
+            (dataclasses.replace(config, **_LATER), labels, seed),
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            [path.read_bytes() for path in sorted(_CODE.glob("*.py"))],
+            [importlib.metadata.version(name) for name in _LIBRARIES],
+        ):
+            self._digest.update(repr(fact).encode())
 
     def find_place(self, sources: Mapping[str, Any], option: str) -> Path | None:
         """The directory of examples of these sources, there or not.
@@ -79,17 +85,8 @@ class Keeper:
         states = [_state_of(spec) for spec in list_specs(sources)]
         if None in states:
             return None
-        digest = hashlib.blake2b(digest_size=16)
-        for fact in (
-            (sources, option, states),
-            (self._config, self._labels, self._seed),
-            self._tokenizer.backend_tokenizer.to_str(),
-            self._tokenizer.chat_template,
-            self._tokenizer.special_tokens_map,
-            [path.read_bytes() for path in sorted(_CODE.glob("*.py"))],
-            [importlib.metadata.version(name) for name in _LIBRARIES],
-        ):
-            digest.update(repr(fact).encode())
+        digest = self._digest.copy()
+        digest.update(repr((sources, option, states)).encode())
         return self._root / digest.hexdigest()
 
 
