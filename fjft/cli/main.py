@@ -139,7 +139,8 @@ def _take_large_pages() -> None:
     CPU touches gigabytes that are new to it, and spends up to a sixth of its time on
     pages of 4 KiB.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    can_start = sys.platform == "linux" and sys.executable
+    if can_start and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
