@@ -1,28 +1,9 @@
-"""Tiny models on disk, and compiled steps kept, for all tests of training."""
+"""Tiny models on disk, for all tests of training."""
 
-import jax
 import pytest
 import tiny
 import tiny_encoders
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_experiment import save_tiny_model
-
-
-@pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory) -> str:
-    """A directory that the tests, and the programs they start, share."""
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _use_compile_cache(compile_cache):
-    """Most tests train the same tiny model, so most steps are compiled once."""
-    jax.config.update("jax_compilation_cache_dir", compile_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

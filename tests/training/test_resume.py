@@ -75,18 +75,12 @@ def run_until(
     source: str,
     directory: Path,
     is_time: Callable[[], bool],
-    compile_cache: str,
     resume: bool,
 ) -> bool:
     """Runs the program and kills it with SIGKILL when it is time; False: it ended."""
     overrides = TIMING | {"checkpoint.resume": resume}
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": compile_cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
     process = subprocess.Popen(
         [sys.executable, PROGRAM, source, directory, json.dumps(overrides)],
-        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,14 +112,13 @@ def finish(source: str, directory: Path) -> dict[str, float]:
     return train(config).metrics
 
 
-def test_killed_twice_then_resumed(llama, undisturbed, compile_cache, tmp_path):
+def test_killed_twice_then_resumed(llama, undisturbed, tmp_path):
     """Once somewhere between steps, once while a checkpoint is half on disk."""
     delay = random.Random(os.urandom(8)).uniform(0, 0.05)
     killed = run_until(
         llama,
         tmp_path,
         lambda: steps_logged(tmp_path) >= 8 and not time.sleep(delay),
-        compile_cache,
         resume=False,
     )
     first = saved_steps(tmp_path)
@@ -133,7 +126,6 @@ def test_killed_twice_then_resumed(llama, undisturbed, compile_cache, tmp_path):
         llama,
         tmp_path,
         lambda: is_saving(tmp_path) and max(saved_steps(tmp_path), default=0) >= 12,
-        compile_cache,
         resume=True,
     )
     second = saved_steps(tmp_path)
@@ -151,7 +143,7 @@ def test_killed_twice_then_resumed(llama, undisturbed, compile_cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
-def test_killed_again_and_again(llama, undisturbed, compile_cache, tmp_path, attempt):
+def test_killed_again_and_again(llama, undisturbed, tmp_path, attempt):
     """Killed at random moments, until one run reaches the end by itself."""
     draw = random.Random(attempt)
     for kill in range(8):
@@ -162,7 +154,7 @@ def test_killed_again_and_again(llama, undisturbed, compile_cache, tmp_path, att
                 begun.append(time.monotonic())
             return bool(begun) and time.monotonic() > begun[0] + deadline
 
-        if not run_until(llama, tmp_path, is_time, compile_cache, resume=kill > 0):
+        if not run_until(llama, tmp_path, is_time, resume=kill > 0):
             break
     finish(llama, tmp_path)
     rows = rows_of(tmp_path)
