@@ -2,7 +2,7 @@
 
 XLA's CPU backend slices and updates bfloat16 in float32, for which it converts the
 whole array in every step of a loop; integers are sliced as they lie. An integer has no
-gradient, so this is for what is not differentiated.
+gradient, so this is for what is not differentiated; and nothing may be uint16 already.
 """
 
 from typing import Any

@@ -111,7 +111,7 @@ class Stack(nnx.Module):
             states = as_bits(states) if forward_only else states
 
             def step(carry, xs, graphdefs=graphdefs, shared=shared):
-                states, numbers = as_numbers(xs)
+                states, numbers = as_numbers(xs) if forward_only else xs
                 carry = jax.tree.map(_name_hidden_states, carry)
                 for m, (graphdef, *parts) in enumerate(
                     zip(graphdefs, shared, states, strict=True)
