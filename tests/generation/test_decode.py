@@ -201,6 +201,7 @@ def test_bfloat16_is_cut_out_of_stacks_as_it_lies():
     assert np.max(exact.max(axis=-1) - chosen) <= 2 * tiny.max_error(rounded, exact)
 
     program = lower_decode(model)[0].compile().as_text()
+    assert program
     assert not re.search(rf"f32\[{model.arch.num_layers},\d+,\d+", program)
 
 

@@ -113,7 +113,7 @@ def test_the_fastest_that_fits_wins():
     searched = [changes.get("model.remat") for changes in planner.searched]
     assert searched == [None, *["dots"] * 7]
     assert any("at most" in line and "offload" in line for line in said)
-    length = planner.config.data.max_length
+    length = planner.config.to_dict()["data"]["max_length"]
     shorter, longer = (line for line in said if line.startswith("not chosen: "))
     assert f"data.max_length={length // 2}" in shorter
     assert f"data.max_length={length * 2}" in longer
