@@ -7,6 +7,7 @@ seed and the labels; the tokenizer, and the code that was at work.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -58,16 +59,23 @@ class Keeper:
         self, config: Config, tokenizer: Any, labels: Labels | None, seed: int
     ):
         self._root = Path(config.cache).expanduser() if config.cache else None
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._choices = dataclasses.replace(config, **_LATER), labels, seed
+        self._tokenizer = tokenizer
+
+    @functools.cached_property
+    def _digest(self) -> Any:
+        """Of all but the sources."""
+        digest = hashlib.blake2b(digest_size=16)
         for fact in (
-            (dataclasses.replace(config, **_LATER), labels, seed),
-            tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
-            tokenizer.special_tokens_map,
+            self._choices,
+            self._tokenizer.backend_tokenizer.to_str(),
+            self._tokenizer.chat_template,
+            self._tokenizer.special_tokens_map,
             [path.read_bytes() for path in sorted(_CODE.glob("*.py"))],
             [importlib.metadata.version(name) for name in _LIBRARIES],
         ):
-            self._digest.update(repr(fact).encode())
+            digest.update(repr(fact).encode())
+        return digest
 
     def find_place(self, sources: Mapping[str, Any], option: str) -> Path | None:
         """The directory of examples of these sources, there or not.

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -122,40 +122,30 @@ class Reader:
         Raises:
           UserError: As `dataset.load_examples`.
         """
+        rows = self.read(sources, "test" if option.startswith("eval") else "train")
         if show is not None or numbers is not None:
-            return self._tokenize(sources, option, show, numbers)
+            chosen = (r for r in rows if numbers is None or r.number in numbers)
+            shown = chosen if show is None else (_change(r, show) for r in chosen)
+            return self._tokenize(shown, sources, option)
         place = self._keeper.find_place(sources, option)
         encoder = self._encoder
         found = place and kept.load(place, encoder.columns, encoder.labels)
         if found:
             return found
         started = time.perf_counter()
-        made = self._tokenize(sources, option)
+        examples, report = self._tokenize(rows, sources, option)
         if place and time.perf_counter() - started >= kept.MIN_SECONDS:
-            examples, report = made
-            return examples, kept.save(place, examples, report)
-        return made
+            report = kept.save(place, examples, report)
+        return examples, report
 
     def _tokenize(
-        self,
-        sources: Mapping[str, Any],
-        option: str,
-        show: Callable[[Sampled], Any] | None = None,
-        numbers: set[int] | None = None,
+        self, rows: Iterator[Sampled], sources: Mapping[str, Any], option: str
     ) -> tuple[Examples, Report]:
-        """The same, of rows as they are now."""
+        """Makes examples of rows of these sources."""
         encoder = self._encoder
         report = Report(option, strict=self._strict, generates=encoder.generates)
         report.sources.update(dict.fromkeys(sources, 0))
         spool = Spool(columns=encoder.columns, labels=encoder.labels)
-        rows: Iterable[Sampled] = self.read(
-            sources, "test" if option.startswith("eval") else "train"
-        )
-        if numbers is not None:
-            rows = (row for row in rows if row.number in numbers)
-        if show is not None:
-            rows = (_change(row, show) for row in rows)
-        rows = iter(rows)
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             self._encode(chunk, spool, report)
         examples = spool.finish()
@@ -168,7 +158,7 @@ class Reader:
         """Encodes what can be, and counts what cannot."""
         samples = [r.sample for r in rows if not isinstance(r.sample, MalformedError)]
         encoded = iter(self._encoder.encode(samples))
-        kept, numbers = [], []
+        used, numbers = [], []
         for row in rows:
             report.rows_read += 1
             report.sources[row.source] += 1
@@ -180,10 +170,10 @@ class Reader:
                 report.reject(row.place, result.reason, result.detail)
                 continue
             for example in result if isinstance(result, list) else [result]:
-                kept.append(example)
+                used.append(example)
                 numbers.append(row.number)
                 _count(report, example, self._encoder.labels)
-        spool.add(kept, numbers)
+        spool.add(used, numbers)
 
 
 def _change(row: Sampled, show: Callable[[Sampled], Any]) -> Sampled:
