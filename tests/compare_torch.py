@@ -104,7 +104,7 @@ def main() -> None:
             name = f"fjft, {', '.join(f'{n}={v}' for n, v in options.items())}"
             first = json.loads(start([*bench, *changed, "--steps=1"]))
             results[name] = summarize(json.loads(start([*bench, *changed])))
-            results[name]["first_start_seconds"] = first["first_step_seconds"]
+            results[name]["first_start"] = f"{first['first_step_seconds']:.1f}"
         for number, contestant in enumerate(BESIDE):
             out = start([*here, f"--torch={directory}", f"--contestant={number}"])
             results[str(contestant)] = json.loads(out.splitlines()[-1])
@@ -350,7 +350,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         "ratio": lambda r: f"{r['useful'] / reference:.2f}",
         "peak GiB": lambda r: f"{r['peak_bytes'] / 2**30:.2f}",
         "first step s": lambda r: f"{r['first_step_seconds']:.1f}",
-        "and compiling": lambda r: f"{r.get('first_start_seconds', 0):.1f}",
+        "and compiling": lambda r: r.get("first_start", ""),
         "first loss": lambda r: f"{r['first_loss']:.5f}",
     }
     print(f"{'':52}" + "".join(f"{title:>14}" for title in columns))
