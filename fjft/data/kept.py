@@ -153,7 +153,7 @@ def _state_of(spec: str) -> Any:
     files = find_files(spec)
     if files is None:
         return _commit_of(spec.partition(":")[0])
-    found = [(str(path), path.stat()) for path in files]
+    found = [(str(path.resolve()), path.stat()) for path in files]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
