@@ -14,10 +14,11 @@ FLOORS = {
     1: "errors labels options sources tree sharding distributed telemetry "
     "telemetry_plot telemetry_speed programs models objectives optimize",
     2: "data peft checkpoint generation evaluate",
-    3: "adapters build pretrained",
-    4: "training",
-    5: "planning search",
-    6: "cli",
+    3: "adapters experiment pretrained",
+    4: "build",
+    5: "training",
+    6: "planning search",
+    7: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # Neighbours on one floor that may be asked: they know of no model and no data.

@@ -11,8 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from fjft import sharding
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
+from fjft.experiment import Experiment
 from fjft.planning import hlo
 from fjft.planning.flops import count_flops
 from fjft.planning.targets import HERE, Target

@@ -8,8 +8,9 @@ from typing import Any
 import ml_collections
 
 from fjft import sharding
-from fjft.build import Experiment, build_experiment, override
+from fjft.build import build_experiment, override
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.planning.compiling import compile_experiment
 from fjft.planning.report import Report, make_report
 from fjft.planning.targets import HERE, Target, find_target

@@ -8,12 +8,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from fjft import sharding
-from fjft.build import Experiment
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.evaluate.predictions import Writer
 from fjft.evaluate.sums import add_up
+from fjft.experiment import Experiment
 from fjft.training.placing import place
 from fjft.training.step import Batch
 from fjft.training.writing import judge_texts

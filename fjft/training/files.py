@@ -8,9 +8,9 @@ import jax
 import ml_collections
 
 from fjft import distributed
-from fjft.build import Experiment
 from fjft.checkpoint.adapter import save_adapter
 from fjft.checkpoint.huggingface import save_model
+from fjft.experiment import Experiment
 from fjft.telemetry import LOG_NAME, Writers, make_writers
 from fjft.telemetry_plot import draw_curve
 from fjft.training.progress import Progress

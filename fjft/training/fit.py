@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from fjft import tree
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.training.program import UNKNOWN_STEPS, Program, build_program
 from fjft.training.teacher import is_teachers
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fjft.build import Experiment
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.models.heights import find_heights
 from fjft.pretrained import Blueprint
 

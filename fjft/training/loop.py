@@ -12,9 +12,10 @@ import jax
 import ml_collections
 
 from fjft import distributed, sharding, tree
-from fjft.build import Experiment, build_experiment
+from fjft.build import build_experiment
 from fjft.checkpoint.orbax import Checkpoints, digest
 from fjft.errors import StoppedError, UserError
+from fjft.experiment import Experiment
 from fjft.peft.lora_adapter import is_start
 from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs

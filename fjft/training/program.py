@@ -15,11 +15,11 @@ import optax
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.encoders import ENCODERS
 from fjft.data.pack import empty_batch
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.models.bare import without_adapters
 from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule

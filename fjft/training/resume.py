@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fjft import tree
-from fjft.build import Experiment
 from fjft.checkpoint.orbax import Checkpoints, saved_steps
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.peft.lora_adapter import is_start
 from fjft.training.progress import Progress
 from fjft.training.run import Run

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.pretrained import build_model, name_labels
 from fjft.training import step as steps
 from fjft.training.evaluation import Evaluation, Judged

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import tree
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo, open_info, open_model
 from fjft.errors import UserError
+from fjft.experiment import Experiment
 from fjft.pretrained import (
     Blueprint,
     build_model,

@@ -3,9 +3,9 @@
 import shutil
 
 from fjft import distributed
-from fjft.build import Experiment
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.vocabulary import read_texts, train_tokenizer
+from fjft.experiment import Experiment
 from fjft.pretrained import find_family
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from fjft.build import Experiment
 from fjft.data.examples import Examples
 from fjft.data.sources import list_specs
 from fjft.errors import UserError
 from fjft.evaluate.overlap import make_metrics
 from fjft.evaluate.predictions import Writer
 from fjft.evaluate.sequences import Tally, Written
+from fjft.experiment import Experiment
 from fjft.generation.decode import Config, generate_tokens, stop_ids_of
 from fjft.generation.detokenize import Detokenizer
 

@@ -11,8 +11,8 @@ import tiny
 import torch
 
 from fjft import sharding
-from fjft.build import ModelConfig
 from fjft.errors import UserError
+from fjft.experiment import ModelConfig
 from fjft.models.narrow import KINDS, narrow_product
 from fjft.models.weights import module_at
 from fjft.tree import split
