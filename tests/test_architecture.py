@@ -14,8 +14,8 @@ FLOORS = {
     1: "errors labels options sources tree sharding distributed telemetry "
     "telemetry_plot telemetry_speed programs models objectives optimize",
     2: "data peft checkpoint generation evaluate",
-    3: "adapters experiment pretrained",
-    4: "build",
+    3: "blueprint experiment",
+    4: "adapters build pretrained",
     5: "training",
     6: "planning search",
     7: "cli",

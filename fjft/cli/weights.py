@@ -190,7 +190,7 @@ def load(weights: Weights, mesh: Any) -> Any:
     Raises:
       UserError: The model, the adapter or the checkpoint will not do.
     """
-    from fjft import pretrained
+    from fjft import blueprint, pretrained
     from fjft.models.attention import set_way
 
     labels = weights.experiment and weights.experiment.find_labels()
@@ -213,7 +213,7 @@ def load(weights: Weights, mesh: Any) -> Any:
     if weights.experiment is not None:
         set_way(model, weights.experiment.model.way)
     if labels is not None:
-        files = pretrained.name_labels(model.provenance.files, labels)
+        files = blueprint.name_labels(model.provenance.files, labels)
         model.provenance = dataclasses.replace(model.provenance, files=files)
     return model
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fjft.blueprint import Blueprint
 from fjft.errors import UserError
 from fjft.experiment import Experiment
 from fjft.models.heights import find_heights
-from fjft.pretrained import Blueprint
 
 # Those of transformers' Trainer, on names in lower case.
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")

@@ -12,12 +12,12 @@ import jax
 import ml_collections
 
 from fjft import distributed, sharding, tree
+from fjft.blueprint import choose_head, read_architecture
 from fjft.build import build_experiment
 from fjft.checkpoint.orbax import Checkpoints, digest
 from fjft.errors import StoppedError, UserError
 from fjft.experiment import Experiment
 from fjft.peft.lora_adapter import is_start
-from fjft.pretrained import choose_head, read_architecture
 from fjft.programs import keep_programs
 from fjft.telemetry import Screen, Writers
 from fjft.telemetry_speed import CompileWatcher, SpeedMeter, peak_flops

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
+from fjft.blueprint import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.encoders import ENCODERS
 from fjft.data.pack import empty_batch
@@ -25,7 +26,6 @@ from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft import virtual
 from fjft.peft.rule import StepRule
-from fjft.pretrained import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.training import step as steps
 from fjft.training.groups import find_decayed, find_rates
 from fjft.training.state import TrainState, abstract_state

@@ -10,12 +10,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
+from fjft.blueprint import name_labels
 from fjft.checkpoint.source import ModelFiles
 from fjft.data.loader import Loader
 from fjft.data.pack import Rows
 from fjft.errors import UserError
 from fjft.experiment import Experiment
-from fjft.pretrained import build_model, name_labels
+from fjft.pretrained import build_model
 from fjft.training import step as steps
 from fjft.training.evaluation import Evaluation, Judged
 from fjft.training.placing import place

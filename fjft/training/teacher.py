@@ -10,16 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import tree
+from fjft.blueprint import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.checkpoint.source import ModelInfo, open_info, open_model
 from fjft.errors import UserError
 from fjft.experiment import Experiment
-from fjft.pretrained import (
-    Blueprint,
-    build_model,
-    choose_head,
-    draw_model,
-    most_common_dtype,
-)
+from fjft.pretrained import build_model
 
 _PREFIX = "teacher."
 

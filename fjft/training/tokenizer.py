@@ -3,10 +3,10 @@
 import shutil
 
 from fjft import distributed
+from fjft.blueprint import find_family
 from fjft.checkpoint.source import ModelInfo
 from fjft.data.vocabulary import read_texts, train_tokenizer
 from fjft.experiment import Experiment
-from fjft.pretrained import find_family
 
 
 def ensure_tokenizer(e: Experiment) -> str:

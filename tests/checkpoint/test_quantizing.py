@@ -12,6 +12,7 @@ import tiny
 
 import fjft
 from fjft import sharding, tree
+from fjft.blueprint import draw_model
 from fjft.checkpoint.huggingface import save_model
 from fjft.checkpoint.orbax import digest
 from fjft.checkpoint.quantizing import is_quantized, restore_weights
@@ -20,7 +21,6 @@ from fjft.models.codes import FORMATS
 from fjft.models.weights import module_at
 from fjft.objectives import causal_lm
 from fjft.peft import full, last_layers, lora
-from fjft.pretrained import draw_model
 from fjft.training.program import _multiplied
 
 MESH = (2, 2, 2)
