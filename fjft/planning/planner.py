@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
+from jax.sharding import Mesh
 
 from fjft import sharding
 from fjft.build import build_experiment, override
@@ -81,8 +82,7 @@ class Planner:
           UserError: The changed config will not do.
         """
         changes = dict(changes or {})
-        e = self._change(changes)
-        mesh = sharding.make_mesh(e.mesh, self.target.devices)
+        e, mesh = self._change(changes), self.mesh(changes)
         key = mesh, repr(dataclasses.replace(e, mesh=sharding.Config()))
         if key not in self._known:
             steps = e.train.max_steps or None
@@ -99,9 +99,8 @@ class Planner:
 
     def least_batch(self, changes: Mapping[str, Any]) -> int:
         """One row for each of the devices that share the rows, times accumulation."""
-        e = self._change(changes)
-        mesh = sharding.make_mesh(e.mesh, self.target.devices)
-        return sharding.data_shards(mesh) * e.train.accumulation_steps
+        pieces = self._change(changes).train.accumulation_steps
+        return sharding.data_shards(self.mesh(changes)) * pieces
 
     def max_batch(
         self, changes: Mapping[str, Any] | None = None, slack: float = 0.0
@@ -131,6 +130,10 @@ class Planner:
         start = self.plan(changes | {"train.batch_size": unit})
         static = sum(start.parts.values()) - start.parts["temporaries"]
         return unit * largest_fitting(measure, static, limit, slack)
+
+    def mesh(self, changes: Mapping[str, Any]) -> Mesh:
+        """The target's devices as the config with some options changed has them."""
+        return sharding.make_mesh(self._change(changes).mesh, self.target.devices)
 
     def _change(self, changes: Mapping[str, Any]) -> Experiment:
         """The config with some options changed."""

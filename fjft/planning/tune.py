@@ -130,15 +130,20 @@ def _try(
 def _meshes(planner: Planner) -> Iterator[Changes]:
     """As the config says, and powers of two of copies and of tensor parallelism."""
     yield {}
+    known = [planner.mesh({})]
     slices = count_slices(planner.target.devices)
-    devices = len(planner.target.devices) // slices
+    shared = known[0].shape["sequence"] * known[0].shape["expert"]
+    devices = len(planner.target.devices) // (slices * shared)
     for data, tensor in ((1, 1), (2, 1), (devices, 1), (1, 2), (1, 4)):
-        if devices > 1 and data * tensor <= devices:
-            yield {
-                "mesh.data": data * slices,
-                "mesh.fsdp": devices // (data * tensor),
-                "mesh.tensor": tensor,
-            }
+        rest, left = divmod(devices, data * tensor)
+        choice = {
+            "mesh.data": data * slices,
+            "mesh.fsdp": rest,
+            "mesh.tensor": tensor,
+        }
+        if rest and not left and (mesh := planner.mesh(choice)) not in known:
+            known.append(mesh)
+            yield choice
 
 
 def _remats() -> Iterator[Changes]:

@@ -1,15 +1,17 @@
 """The search for the fastest settings, on a machine that is made up."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import pytest
 
 import fjft
+from fjft.build import override
 from fjft.errors import UserError
 from fjft.planning import tune
 from fjft.planning.picture import draw
+from fjft.planning.planner import Planner
 from fjft.planning.report import Report
 from fjft.planning.targets import Target
 
@@ -57,11 +59,15 @@ class MadeUp:
     """Weights of 2 GiB on a chip of 10; a lighter policy is faster and takes more."""
 
     def __init__(
-        self, limit: int | None = 10 * GIB, fixed: float = 2.0, update: float = 0.0
+        self,
+        limit: int | None = 10 * GIB,
+        fixed: float = 2.0,
+        update: float = 0.0,
+        devices: int = 1,
     ):
         self.target = Target(
             name="x-1",
-            devices=jax.devices()[:1],
+            devices=jax.devices()[:devices],
             memory_bytes=limit,
             peak_flops=1e12,
             memory_bandwidth=1e9,
@@ -72,6 +78,12 @@ class MadeUp:
         self.fixed = fixed
         self.update = update  # seconds of memory traffic
         self.searched = []
+
+    def mesh(self, changes):
+        return Planner.mesh(cast(Any, self), changes)
+
+    def _change(self, changes):
+        return Planner._change(cast(Any, self), changes)
 
     def least_batch(self, changes):
         return changes.get("train.accumulation_steps", 1)
@@ -123,6 +135,21 @@ def test_a_step_is_cut_where_that_is_worth_its_batch():
     best = tune.tune(MadeUp(update=2.0))  # type: ignore[arg-type]
     assert best.changes["train.accumulation_steps"] == 4
     assert best.changes["train.batch_size"] == 80
+
+
+@pytest.mark.parametrize(
+    ("sequence", "meshes"),
+    [
+        (1, [(1, 8, 1), (2, 4, 1), (8, 1, 1), (1, 4, 2), (1, 2, 4)]),
+        (4, [(1, 2, 1), (2, 1, 1), (1, 1, 2)]),
+    ],
+)
+def test_every_mesh_is_tried_once(sequence, meshes):
+    planner = MadeUp(devices=8)
+    override(planner.config, {"mesh.sequence": sequence})
+    tried = [planner.mesh(choice) for choice in tune._meshes(planner)]  # type: ignore[arg-type]
+    sizes = [tuple(m.shape[axis] for axis in ("data", "fsdp", "tensor")) for m in tried]
+    assert sizes == meshes
 
 
 def test_nothing_fits():
