@@ -23,7 +23,7 @@ from fjft.evaluate.metrics import METRICS
 from fjft.models.attention import KERNELS, Way
 from fjft.models.codes import QUANTIZATIONS
 from fjft.models.narrow import KINDS
-from fjft.models.splash import LANES
+from fjft.models.splash import LANES, MOST_BLOCK
 from fjft.models.stack import REMAT_POLICIES
 from fjft.optimize import optimizer
 from fjft.options import DTYPES, check_least, check_name
@@ -54,7 +54,7 @@ class ModelConfig:
       attention: `auto` attends by a kernel where the device has one, as TPUs and GPUs
         since Ampere have; `xla` leaves it to the compiler.
       attention_block: Queries and keys that a TPU's kernel takes at once, a multiple
-        of 128; 0 chooses by shape.
+        of 128 up to 2048; 0 chooses by shape.
       remat: What the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
 
@@ -75,10 +75,10 @@ class ModelConfig:
         check_name("model.quantization", self.quantization, QUANTIZATIONS)
         check_name("model.matmuls", self.matmuls, ("", *KINDS))
         check_name("model.attention", self.attention, KERNELS)
-        if self.attention_block < 0 or self.attention_block % LANES:
+        if self.attention_block not in range(0, MOST_BLOCK + 1, LANES):
             raise UserError(
                 f"model.attention_block={self.attention_block} is not a multiple of "
-                f"{LANES}; 0 lets it be chosen by shape"
+                f"{LANES} up to {MOST_BLOCK}; 0 lets it be chosen by shape"
             )
         check_name("model.remat", self.remat, REMAT_POLICIES)
         if self.matmuls and self.quantization:

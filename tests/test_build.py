@@ -62,7 +62,11 @@ def test_sections_become_checked_dataclasses():
         ({"checkpoint": {"directory": "gs://b/run"}}, "'gs://b/run' is no directory"),
         (
             {"model": {"source": "x", "attention_block": 100}},
-            "model.attention_block=100 is not a multiple of 128",
+            "model.attention_block=100 is not a multiple of 128 up to 2048",
+        ),
+        (
+            {"model": {"source": "x", "attention_block": 4096}},
+            "model.attention_block=4096 is not a multiple of 128 up to 2048",
         ),
         ({"train": 3}, "section 'train' is 3, not a mapping"),
         ({"data": {"eval": {"a": 3}}}, "data.eval=.*a mapping of names to: a text"),

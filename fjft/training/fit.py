@@ -64,6 +64,9 @@ def compile_step(
     Returns:
       The traced step, the compiled one (None if the compiler refused it), and how it
       fits.
+
+    Raises:
+      UserError: A kernel does not fit the fast memory on a chip.
     """
     batch = program.batch_shapes(length)
     traced = program.train_step.trace(
@@ -85,6 +88,7 @@ def compile_step(
             options = {"xla_dump_to": dump} if dump else None
             compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
+        _check_kernels(str(error))
         needed = needed_bytes(str(error))
         if needed is None:
             raise
@@ -146,6 +150,25 @@ def needed_bytes(message: str) -> int | None:
         return None
     found = re.search(r"\(([\d.]+)G\) exceeds available", message)
     return int(float(found[1]) * GIB) if found else 0
+
+
+def _check_kernels(message: str) -> None:
+    """Tells a kernel that was refused from a program: no smaller batch would help.
+
+    `Ran out of memory in memory space vmem while allocating on stack for %splash_mha...
+    Scoped allocation with size 29.91M and limit 16.00M exceeded ...`
+
+    Raises:
+      UserError: The message is of such a kernel.
+    """
+    if "memory space vmem" not in message:
+        return
+    found = re.search(r"with size ([\d.]+)M and limit ([\d.]+)M", message)
+    sizes = f", {found[1]} MiB where {found[2]} are free" if found else ""
+    raise UserError(
+        f"a kernel needs more fast memory than the chip has{sizes}; lower "
+        "model.attention_block, which is chosen by shape where it is 0"
+    )
 
 
 def device_bytes(arrays: Any) -> int:

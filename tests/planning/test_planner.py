@@ -183,3 +183,22 @@ def test_what_a_refused_program_needed():
     )
     assert fit.needed_bytes(message) == int(108.21 * 2**30)
     assert fit.needed_bytes("INTERNAL: something else") is None
+
+
+def test_a_kernel_that_was_refused_is_no_question_of_the_batch():
+    message = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in "
+        "memory space vmem while allocating on stack for %splash_mha_fwd.6 = f32[8]. "
+        "Scoped allocation with size 29.91M and limit 16.00M exceeded scoped vmem limit"
+    )
+    with pytest.raises(UserError, match=r"29\.91 MiB where 16\.00 are free; lower"):
+        fit._check_kernels(message)
+    fit._check_kernels("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+
+
+@pytest.mark.slow
+def test_a_block_of_attention_that_is_too_large_is_named(llama):
+    pytest.importorskip("libtpu")
+    options = {"data__max_length": 2048, "model__attention_block": 2048}
+    with pytest.raises(UserError, match=r"MiB where 16\.00 are free; lower model\.att"):
+        fjft.plan(config(llama, **options), target="v5e-8")
