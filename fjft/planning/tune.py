@@ -82,7 +82,7 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
     best = Tried({}, None)
     for choices, least_gain in (
         (_meshes(planner), 1.0),
-        (_remats(), 1.0),
+        (_remats(planner), 1.0),
         (_chunks(planner), 1.0),
         (_pieces(), WORTH_PIECES),
     ):
@@ -146,8 +146,9 @@ def _meshes(planner: Planner) -> Iterator[Changes]:
             yield choice
 
 
-def _remats() -> Iterator[Changes]:
-    return ({"model.remat": name} for name in REMAT_POLICIES)
+def _remats(planner: Planner) -> Iterator[Changes]:
+    given = build_experiment(planner.config).model.remat
+    return ({"model.remat": name} for name in REMAT_POLICIES if name != given)
 
 
 def _chunks(planner: Planner) -> Iterator[Changes]:
