@@ -13,7 +13,8 @@ class Spread:
     """What each device does of one attention.
 
     Rows are cut over the mesh's batch axes, queries over its `sequence` axis and heads
-    over `tensor`, as activations lie anyway; keys are gathered over `sequence`. Where
+    over `tensor`, as activations lie anyway; keys are gathered over `sequence`. An axis
+    of one device is named too: gradients are summed over axes that are not. Where
     there are fewer kv-heads than devices in `tensor`, each device gets the one that its
     query heads read; where heads do not divide at all, the devices of `tensor` do the
     same work.
@@ -39,22 +40,23 @@ class Spread:
 
 def spread(num_heads: int, num_kv_heads: int, length: int) -> Spread:
     """How the current mesh shares attention of so many heads and queries."""
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    tensor, sequence = sizes.get("tensor", 1), sizes.get("sequence", 1)
     repeats = 1
     if num_heads % tensor == 0 and tensor % num_kv_heads == 0:
         repeats = tensor // num_kv_heads
     divides = num_heads % tensor == 0 and num_kv_heads * repeats % tensor == 0
     stretches = sequence_shards(length)
     [rows] = spec(("batch",))
-    along = "sequence" if stretches > 1 else None
+    along = "sequence" if stretches == sequence else None
+    gathered = along if sequence == 1 else None
     over = "tensor" if divides else None
     return Spread(
         stretches=stretches,
         repeats=repeats,
         heads=num_heads // tensor if divides else num_heads,
         queries=P(rows, along, over),
-        keys=P(rows, None, over),
+        keys=P(rows, gathered, over),
         query_tokens=P(rows, along),
-        key_tokens=P(rows),
+        key_tokens=P(rows, gathered),
     )

@@ -92,6 +92,7 @@ def test_a_plan_for_a_chip(llama):
     assert report.limit_bytes is not None
     assert 0 < report.peak_bytes < report.limit_bytes
     assert report.buffers
+    assert report.collectives == {}  # one chip talks to nobody
     assert report.step_seconds is not None
     assert report.step_seconds > 0
     assert report.mfu is not None
