@@ -137,6 +137,22 @@ def test_a_step_is_cut_where_that_is_worth_its_batch():
     assert best.changes["train.batch_size"] == 80
 
 
+def test_memory_is_not_filled_where_that_is_slower(monkeypatch):
+    """As where the compiler works out again what it has no room for."""
+    planner = MadeUp()
+
+    def plan(changes):
+        report = MadeUp.plan(planner, changes)
+        is_full = report.peak_bytes > 0.9 * 10 * GIB
+        slowed = (report.compute_seconds or 0.0) * (1.2 if is_full else 1.0)
+        return dataclasses.replace(report, memory_seconds=slowed)
+
+    monkeypatch.setattr(planner, "plan", plan)
+    best = tune.tune(planner)  # type: ignore[arg-type]
+    assert best.changes["model.remat"] == "dots"
+    assert best.changes["train.batch_size"] == 15  # of 20 that fit
+
+
 @pytest.mark.parametrize(
     ("sequence", "meshes"),
     [
