@@ -31,6 +31,8 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s}\])])([a-z][a-z0-9-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|body|called_computations)=\{?%?([\w.-]+)")
+# A collective of groups of one device each.
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
 _LARGEST = 8
 
 
@@ -106,11 +108,11 @@ class Text:
             shapes = {i.name: i.shape for i in computation}
             for i in computation:
                 kind = next((k for k in COLLECTIVES if i.operation.startswith(k)), "")
-                if kind and not i.operation.endswith("-done"):
+                is_end = i.operation.endswith("-done")
+                if kind and not is_end and not _ALONE.search(i.rest):
                     volume = turns * self._arriving(i, kind, shapes)
                     volumes[kind] = volumes.get(kind, 0.0) + volume
                     counts[kind] = counts.get(kind, 0) + turns
-                is_end = i.operation.endswith("-done")
                 if not is_fused and not is_end and i.operation not in _FREE:
                     memory += turns * self._touched(i, shapes)
         return Traffic(memory, volumes, counts)

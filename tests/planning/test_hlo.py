@@ -111,6 +111,21 @@ def test_collectives_in_a_loop():
     assert sum(found.collective_counts.values()) in (1, 7)  # XLA may sum once, after
 
 
+@pytest.mark.parametrize(
+    ("groups", "counts"),
+    [
+        ("{{0,1},{2,3}}", {"all-reduce": 5}),
+        ("[2,2]<=[4]", {"all-reduce": 5}),
+        ("{{0},{1},{2},{3}}", {}),
+        ("[4,1]<=[4]", {}),
+    ],
+)
+def test_a_group_of_one_device_sends_nothing(groups, counts):
+    reduced = f"all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%sum"
+    text = LOOP.replace("add(%x, %x)", reduced)
+    assert hlo.Text(text).measure().collective_counts == counts
+
+
 def test_the_largest_buffers():
     assignment = """\
 allocation 0: size 64, parameter 0, shape |f32[16]| at ShapeIndex {}:
