@@ -65,11 +65,13 @@ class Traffic:
       memory_bytes: Read from and written to memory.
       collective_bytes: By kind, what arrives over the interconnect.
       collective_counts: By kind, how many there are, every turn of every loop.
+      repeats: Results that the compiler works out again, for want of room to keep them.
     """
 
     memory_bytes: float
     collective_bytes: dict[str, float]
     collective_counts: dict[str, int]
+    repeats: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Text:
     def measure(self) -> Traffic:
         """What one step moves."""
         memory, volumes, counts = 0.0, dict[str, float](), dict[str, int]()
+        repeats = 0
         for turns, is_fused, computation in self._walk(self.entry, 1, False):
             shapes = {i.name: i.shape for i in computation}
             for i in computation:
@@ -115,7 +118,9 @@ class Text:
                     counts[kind] = counts.get(kind, 0) + turns
                 if not is_fused and not is_end and i.operation not in _FREE:
                     memory += turns * self._touched(i, shapes)
-        return Traffic(memory, volumes, counts)
+                    # XLA's name for such a copy of an instruction.
+                    repeats += turns * (".remat" in i.name)
+        return Traffic(memory, volumes, counts, repeats)
 
     def describe(self, name: str) -> str:
         """What an instruction belongs to in the model: the path that JAX gave it."""

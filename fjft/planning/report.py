@@ -55,7 +55,7 @@ class Report:
       link_seconds: Its collectives.
       price_per_hour: Dollars of all devices.
       total_steps: Optimizer steps of the run; None is not known.
-      notes: What else is to be known of this hardware.
+      notes: What else is to be known of the program and this hardware.
       compile_seconds: What this plan took.
       find_max_batch: Searches the largest batch that fits, by compiling.
     """
@@ -267,13 +267,18 @@ def make_report(
         link_seconds=traffic and _divide(arriving, target.link_bandwidth),
         price_per_hour=target.price,
         total_steps=total_steps,
-        notes=list(_notes(target, program.dtype)),
+        notes=list(_notes(target, program.dtype, traffic.repeats if traffic else 0)),
         compile_seconds=compiled.seconds,
         find_max_batch=find_max_batch,
     )
 
 
-def _notes(target: Target, dtype: str) -> Iterator[str]:
+def _notes(target: Target, dtype: str, repeats: int) -> Iterator[str]:
+    if repeats:
+        yield (
+            f"for want of memory the compiler works {repeats:,} results out again in "
+            "each step, whose FLOPs are not counted; fewer rows may be faster"
+        )
     if target.devices[0].platform == "gpu":
         yield (
             "what cuDNN and the algorithms chosen on the card take to work in is not "

@@ -74,6 +74,13 @@ def test_a_loop_counts_every_turn_and_a_slice_only_itself():
     measured = hlo.Text(LOOP).measure()
     assert measured.memory_bytes == in_loop + 2 * sliced + updated + copied
     assert measured.collective_bytes == {}
+    assert measured.repeats == 0
+
+
+def test_what_the_compiler_works_out_again_is_counted():
+    again = "%y.remat2 = f32[8]{0} add(%x, %x)\n  %y = f32[8]{0} add(%x, %x)"
+    text = LOOP.replace("%y = f32[8]{0} add(%x, %x)", again)
+    assert hlo.Text(text).measure().repeats == 5
 
 
 def spread(f, *specs_and_arrays):
