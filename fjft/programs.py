@@ -1,9 +1,13 @@
-"""Compiled programs, kept from run to run."""
+"""Compiled programs: what the compiler is told, and how they are kept."""
 
+import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Programs that compile faster are not worth a file.
 MIN_SECONDS = 0.2
@@ -28,3 +32,33 @@ def keep_programs(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     # JAX asks for the directory once, and a notebook has compiled something before.
     compilation_cache.reset_cache()
+
+
+# A TPU's compiler likes to hand a sharded weight's parts around instead of gathering
+# it, and adds up what the activations make of each: the sums go through memory once
+# for every device, where a gathered weight would come while the layer before is busy.
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+
+@functools.cache
+def compiler_options(mesh: Mesh) -> Mapping[str, int] | None:
+    """What the compiler of a mesh's devices is told beside its defaults.
+
+    Names of options are no promise of libtpu's: one that does not know them gets none.
+    Whoever sets them by `LIBTPU_INIT_ARGS` is not overruled.
+
+    Args:
+      mesh: The devices; they need not be there.
+    """
+    args = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if mesh.devices.flat[0].platform != "tpu" or any(o in args for o in _TPU_OPTIONS):
+        return None
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    try:
+        jax.jit(jnp.negative, compiler_options=_TPU_OPTIONS).lower(nothing).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return None
+    return _TPU_OPTIONS

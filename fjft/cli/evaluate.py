@@ -75,6 +75,7 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
     import jax
 
     from fjft import tree
+    from fjft.programs import compiler_options
     from fjft.training.evaluation import Evaluation
     from fjft.training.program import make_judge
     from fjft.training.step import make_eval_step
@@ -93,7 +94,10 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
         if has_teacher(e):
             model = with_teacher(model, load_teacher(e, mesh, tokenizer))
         graphdef, params = tree.split(model)
-        step = jax.jit(make_eval_step(graphdef, make_judge(e)))
+        step = jax.jit(
+            make_eval_step(graphdef, make_judge(e)),
+            compiler_options=compiler_options(mesh),
+        )
         evaluation = Evaluation(e, mesh, held_out)
         make_writer = None
         if predictions:

@@ -26,6 +26,7 @@ from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft import virtual
 from fjft.peft.rule import StepRule
+from fjft.programs import compiler_options
 from fjft.training import step as steps
 from fjft.training.groups import find_decayed, find_rates
 from fjft.training.state import TrainState, abstract_state
@@ -181,7 +182,10 @@ def build_program(
         optimizer=optimizer,
         rule=rule,
         train_step=steps.jit_train_step(train_step, state, mesh),
-        eval_step=jax.jit(steps.make_eval_step(graphdef, make_judge(e))),
+        eval_step=jax.jit(
+            steps.make_eval_step(graphdef, make_judge(e)),
+            compiler_options=compiler_options(mesh),
+        ),
         schedule=make_schedule(e.optimizer, total_steps),
         total_steps=total_steps,
         num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),

@@ -13,6 +13,7 @@ from fjft import tree
 from fjft.optimize.optimizer import clip_by_global_norm
 from fjft.optimize.updating import update_each
 from fjft.peft.rule import StepRule
+from fjft.programs import compiler_options
 from fjft.sharding import constrain
 from fjft.training.noise import Noise, estimate, measure
 from fjft.training.state import TrainState
@@ -187,7 +188,12 @@ def jit_train_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
     """Compiles a train step: donates the state, and lays the new one out as the old."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, everywhere),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def make_eval_step(
