@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
 @functools.cache
-def compiler_options(mesh: Mesh) -> Mapping[str, int] | None:
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """What the compiler of a mesh's devices is told beside its defaults.
 
     Names of options are no promise of libtpu's: one that does not know them gets none.
