@@ -114,10 +114,12 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
 
     from fjft import sharding, tree
     from fjft.build import build_experiment
+    from fjft.programs import keep_programs
     from fjft.telemetry_speed import peak_flops
     from fjft.training.placing import place
 
     experiment = build_experiment(config)
+    keep_programs(experiment.train.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         run, state = _build(experiment, mesh, synthetic)

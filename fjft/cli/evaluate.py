@@ -75,13 +75,14 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
     import jax
 
     from fjft import tree
-    from fjft.programs import compiler_options
+    from fjft.programs import compiler_options, keep_programs
     from fjft.training.evaluation import Evaluation
     from fjft.training.program import make_judge
     from fjft.training.step import make_eval_step
     from fjft.training.teacher import has_teacher, load_teacher, with_teacher
 
     e = found.experiment
+    keep_programs(e.train.compilation_cache)
     if predictions:
         _check_predicts(e)
         unpacked = dataclasses.replace(e.data, packing=False)

@@ -177,11 +177,14 @@ def test_bench(call, finished, of_run):
     assert sorted((finished / "run").rglob("*")) == files
 
 
-def test_bench_on_random_tokens(call, of_run):
+def test_bench_on_random_tokens(call, of_run, monkeypatch):
+    kept = []
+    monkeypatch.setattr("fjft.programs.keep_programs", kept.append)
     said = call(["bench", *of_run, "--steps=1", "--synthetic"])
     assert said.code == 0, said
     assert "100.0% of them useful" in said.out
     assert "the peak is not known" in said.out
+    assert kept == ["~/.cache/fjft/programs"]  # for the next start, as in training
 
 
 @pytest.mark.parametrize("step", [None, 2], ids=["bare", "checkpoint"])
