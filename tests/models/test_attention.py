@@ -115,6 +115,11 @@ def _by_torch(case, *bias):
 
 
 def _by_jax(case, attend, *bias):
+    value, grads = _gradients(case, attend, *bias)
+    return [np.asarray(x) for x in (value, *grads)]
+
+
+def _gradients(case, attend, *bias):
     arrays, weights, places = _inputs(case)
     mask = Mask(
         Places(*map(jnp.asarray, places)), window=case.window, causal=case.causal
@@ -127,8 +132,7 @@ def _by_jax(case, attend, *bias):
         out = attend(q, k, v, mask, scale=case.scale, softcap=case.softcap, **options)
         return jnp.sum(out * weights)
 
-    value, grads = loss(*map(jnp.asarray, (*arrays, *bias)))
-    return [np.asarray(x) for x in (value, *grads)]
+    return loss(*map(jnp.asarray, (*arrays, *bias)))
 
 
 WAYS = {
@@ -147,6 +151,19 @@ def test_every_way_equals_torch(case, way):
     if way == "cudnn" and case.softcap is not None:
         pytest.skip("cuDNN has no soft caps")
     _check(case, WAYS[way])
+
+
+@pytest.mark.parametrize("way", ["splash", "cudnn"])
+@pytest.mark.parametrize(("sequence", "sums"), [(1, False), (4, True)])
+def test_gradients_are_summed_over_no_axis_of_one_device(way, sequence, sums):
+    """Those of keys are over `sequence`, whose devices have queries of their own."""
+    config = sharding.Config(fsdp=2, sequence=sequence)
+    case = Case(B=2, T=512, N=2, K=2, H=8, causal=True)
+    with jax.set_mesh(sharding.make_mesh(config, jax.devices()[: 2 * sequence])):
+        traced = jax.make_jaxpr(lambda: _gradients(case, WAYS[way]))()
+    names = {e.primitive.name for e in jaxprs.equations(traced.jaxpr)}
+    assert "shard_map" in names
+    assert any(name.startswith("psum") for name in names) == sums
 
 
 def test_blocks_of_a_chosen_size_need_not_divide_the_row():
