@@ -75,10 +75,9 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
     import jax
 
     from fjft import tree
-    from fjft.programs import compiler_options, keep_programs
+    from fjft.programs import keep_programs
     from fjft.training.evaluation import Evaluation
-    from fjft.training.program import make_judge
-    from fjft.training.step import make_eval_step
+    from fjft.training.program import jit_eval_step
     from fjft.training.teacher import has_teacher, load_teacher, with_teacher
 
     e = found.experiment
@@ -95,10 +94,7 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
         if has_teacher(e):
             model = with_teacher(model, load_teacher(e, mesh, tokenizer))
         graphdef, params = tree.split(model)
-        step = jax.jit(
-            make_eval_step(graphdef, make_judge(e)),
-            compiler_options=compiler_options(mesh),
-        )
+        step = jit_eval_step(e, graphdef, mesh)
         evaluation = Evaluation(e, mesh, held_out)
         make_writer = None
         if predictions:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from fjft import sharding, tree
@@ -182,10 +183,7 @@ def build_program(
         optimizer=optimizer,
         rule=rule,
         train_step=steps.jit_train_step(train_step, state, mesh),
-        eval_step=jax.jit(
-            steps.make_eval_step(graphdef, make_judge(e)),
-            compiler_options=compiler_options(mesh),
-        ),
+        eval_step=jit_eval_step(e, graphdef, mesh),
         schedule=make_schedule(e.optimizer, total_steps),
         total_steps=total_steps,
         num_trainable=e.method.num_trainable(blueprint.model, blueprint.sites, e.peft),
@@ -213,7 +211,19 @@ def _make_loss(e: Experiment) -> steps.Loss:
     return loss
 
 
-def make_judge(e: Experiment) -> steps.Judge:
+def jit_eval_step(e: Experiment, graphdef: nnx.GraphDef, mesh: Mesh) -> Any:
+    """Makes the `(params, frozen, batch) -> sums` that judges such a model.
+
+    Args:
+      e: The config.
+      graphdef: The model's structure, its teacher's too where it has one.
+      mesh: Where it lies.
+    """
+    step = steps.make_eval_step(graphdef, _make_judge(e))
+    return jax.jit(step, compiler_options=compiler_options(mesh))
+
+
+def _make_judge(e: Experiment) -> steps.Judge:
     """Makes the objective's `(model, batch) -> sums` of an evaluation."""
 
     def judge(model: Any, batch: steps.Batch) -> Any:
