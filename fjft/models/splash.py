@@ -13,7 +13,7 @@ from fjft.models.mask import Mask
 from fjft.models.spread import spread
 
 LANES = 128  # the least block, and what blocks are multiples of
-MOST_BLOCK = 2048  # the scores of more are 64 MiB, fast memory that no chip has free
+MOST_BLOCK = 2048  # its scores alone are 16 MiB, all that a v5e lets a kernel take
 BLOCK_SIZES = (512, 384, 256, LANES)  # of queries and of keys, the best one first
 MOST_NUMBERS = 2048 * LANES  # of a block of keys whose gradients fit beside it
 
