@@ -116,6 +116,7 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
     from fjft.build import build_experiment
     from fjft.programs import keep_programs
     from fjft.telemetry_speed import peak_flops
+    from fjft.training.fit import peak_bytes
     from fjft.training.placing import place
 
     experiment = build_experiment(config)
@@ -178,7 +179,7 @@ def measure(config: Any, num_steps: int, warmup: int, synthetic: bool) -> Measur
         first_loss=first_loss,
         peak_host_bytes=_peak_host_bytes(),
         peak_device_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
-        step_device_bytes=step_memory and step_memory.peak_memory_in_bytes,
+        step_device_bytes=step_memory and peak_bytes(step_memory, mesh),
         weight_bytes=weight_bytes,
         state_bytes=state_bytes,
         flops_per_token=run.flops_per_token,

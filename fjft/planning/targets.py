@@ -1,9 +1,11 @@
 """Hardware under the names that its users say: `v5e-8`, `2xv5e-256`, `l4x1`, `here`."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 
 import jax
 
@@ -23,7 +25,7 @@ class Chip:
       memory_bytes: What the compiler grants a program on one device.
       memory_bandwidth: Bytes a second between a device and its memory.
       link_bandwidth: Bytes a second that a chip receives from all its neighbours.
-      price: Dollars an hour of one chip.
+      price: Dollars an hour of one chip; None is not known.
       dimensions: Axes of the torus that chips are connected in.
       cores_named: Cores of a chip, where a slice is named by its number of cores.
       devices: JAX devices of a chip.
@@ -33,7 +35,7 @@ class Chip:
     memory_bytes: int
     memory_bandwidth: float
     link_bandwidth: float
-    price: float
+    price: float | None
     dimensions: int = 2
     cores_named: int = 1
     devices: int = 1
@@ -43,8 +45,8 @@ class Chip:
 # specifications"); what is given there for both directions is halved. Memory: what
 # libtpu 0.0.42 grants when it compiles. Prices: on demand in us-central1 (v4's: in
 # us-central2), as Google's billing told skypilot-org/skypilot-catalog: file
-# catalogs/v8/gcp/vms.csv at 006059e; tpu7x's is from memory and not checked. Give the
-# one you pay with `--price`.
+# catalogs/v8/gcp/vms.csv at 006059e, which has none of tpu7x. Give the one you pay with
+# `--price`.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         kind="TPU v4",
@@ -83,13 +85,14 @@ CHIPS: dict[str, Chip] = {
         memory_bytes=int(94.7 * GIB),
         memory_bandwidth=7380e9 / 2,
         link_bandwidth=600e9,
-        price=12.00,
+        price=None,
         dimensions=3,
         cores_named=2,
         devices=2,
     ),
 }
 HERE = "here"
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DCN_BANDWIDTH = 6.25e9  # bytes a second of one chip between slices (v5p's page)
 
 _NO_MACHINE = {
@@ -150,7 +153,7 @@ def find_target(name: str) -> Target:
         peak_flops=peak_flops(CHIPS[chip].kind),
         memory_bandwidth=CHIPS[chip].memory_bandwidth,
         link_bandwidth=CHIPS[chip].link_bandwidth / CHIPS[chip].devices,
-        price=CHIPS[chip].price * chips * slices,
+        price=_times(CHIPS[chip].price, chips * slices),
     )
 
 
@@ -254,6 +257,8 @@ def _present() -> Target:
     first = devices[0]
     stats = first.memory_stats() or {}
     limit = stats.get("bytes_limit")
+    if first.platform == "cpu":
+        limit = _host_share()
     tables = *CHIPS.values(), *gpus.GPUS.values()
     known = next((c for c in tables if c.kind == first.device_kind), None)
     return Target(
@@ -264,5 +269,20 @@ def _present() -> Target:
         float32_flops=getattr(known, "float32_flops", None),
         memory_bandwidth=known and known.memory_bandwidth,
         link_bandwidth=known and known.link_bandwidth / known.devices,
-        price=known and known.price * len(devices) / known.devices,
+        price=known and _times(known.price, len(devices) / known.devices),
     )
+
+
+def _times(price: float | None, count: float) -> float | None:
+    return None if price is None else price * count
+
+
+def _host_share() -> int:
+    """What a CPU device has of the machine's memory, or of what this container may use.
+
+    All devices of the process are taken to be alike.
+    """
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or `max`
+        limit = min(limit, int(_CONTAINER_LIMIT.read_text()))
+    return limit // jax.local_device_count()

@@ -122,7 +122,19 @@ def test_the_compiler_knows_the_targets(name):
     assert len(target.devices) == chips * slices * targets.CHIPS[chip].devices
     assert {d.device_kind for d in target.devices} == {targets.CHIPS[chip].kind}
     assert target.peak_flops
-    assert target.price == targets.CHIPS[chip].price * chips * slices
+    price = targets.CHIPS[chip].price
+    assert target.price == (price and price * chips * slices)
+
+
+def test_cpus_share_what_their_container_may_use(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    limit.write_text("8000\n")
+    monkeypatch.setattr(targets, "_CONTAINER_LIMIT", limit)
+    assert targets.find_target("here").memory_bytes == 1000
+    limit.write_text("max\n")
+    known = targets.find_target("here").memory_bytes
+    assert known is not None
+    assert known > 2**20
 
 
 def test_only_data_lies_across_slices():
