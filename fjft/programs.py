@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Programs that compile faster are not worth a file.
-MIN_SECONDS = 0.2
+MIN_SECONDS = 0.05
 
 
 def keep_programs(directory: str) -> None:

@@ -26,7 +26,7 @@ from fjft.data.report import Report
 from fjft.data.sources import find_files, list_specs
 
 # What is tokenized faster is not worth its place on the disk.
-MIN_SECONDS = 5.0
+MIN_SECONDS = 0.2
 
 _CODE = Path(__file__).parent
 _LIBRARIES = ("transformers", "tokenizers", "datasets")
