@@ -39,7 +39,10 @@ PEAK_FLOPS = {
 }
 
 # How many times as fast products of 8 bits are; 1 elsewhere. TPUs: by the same pages.
-# GPUs: from memory of the data sheets, and not checked against them.
+# GPUs: NVIDIA's dense rates as stas00/ml-engineering (compute/accelerator/README.md at
+# b9e2972) has them, T4's, A10's and L4's as winston-zhang-orz/gpu-specs (specs.md at
+# 097f0fb); fp8 is there from compute capability 8.9 on (NVIDIA's Transformer Engine,
+# support matrix).
 NARROW_RATES = {
     "TPU v5 lite": {"int8": 2.0},
     "TPU v5e": {"int8": 2.0},

@@ -54,8 +54,11 @@ class Gpu:
 # H100 and A100: openxla/xla, xla/backends/gpu/target_config/specs. L4 and T4: NVIDIA's
 # data sheets and CUDA's table of compute capabilities; their memory as PyTorch reports
 # it. Links: NVLink of the data sheets in one direction, PCIe 4.0 and 3.0 x16 of L4 and
-# T4. Prices: about what a card of a whole machine cost on demand in the United States
-# in 2025, from memory and not checked; give the one you pay with `--price`.
+# T4. Prices: a card of a3-highgpu-8g, a2-highgpu-1g, a2-ultragpu-1g, g2-standard-4 and
+# n1-standard-4 with a T4, on demand in us-central1, host and card together, as Google's
+# billing told skypilot-org/skypilot-catalog: file catalogs/v8/gcp/vms.csv at 8427bbf;
+# for H100 and A100 80GB catalogs/v5 at ddb8695, since the later one has less for A100
+# than for its spot price. Give the one you pay with `--price`.
 _AMPERE = {
     "capability": (8, 0),
     "cores": 108,
@@ -72,7 +75,7 @@ GPUS: dict[str, Gpu] = {
         memory_bytes=84942979072,
         memory_bandwidth=3352e9,
         link_bandwidth=450e9,
-        price=11.00,
+        price=10.98,
         capability=(9, 0),
         cores=132,
         clock_ghz=1.98,
@@ -95,7 +98,7 @@ GPUS: dict[str, Gpu] = {
         memory_bytes=85100068864,
         memory_bandwidth=2039e9,
         link_bandwidth=300e9,
-        price=5.07,
+        price=5.03,
         **_AMPERE,
     ),
     "l4": Gpu(
@@ -118,7 +121,7 @@ GPUS: dict[str, Gpu] = {
         memory_bytes=15079 * 2**20,
         memory_bandwidth=320e9,
         link_bandwidth=16e9,
-        price=0.55,
+        price=0.54,
         float32_flops=8.1e12,
         capability=(7, 5),
         cores=40,

@@ -24,7 +24,7 @@ METHODS = {
     "published peak and all at once; no step is faster, unless its attention skips "
     "keys that causality hides, and most take longer; copies from and to the host's "
     "memory are not in it",
-    "price": "the price given, or about what it cost on demand in 2025: check it",
+    "price": "the price given, or a list price on demand, of 2025 or 2026: check it",
     "time": "steps times the roofline's step; no evaluation, saving or compiling",
 }
 
@@ -221,6 +221,8 @@ class Report:
             rows.append(
                 ("price, estimate", f"{price:.3g} dollars for a million tokens")
             )
+        if self.price_per_hour is None:
+            rows.append(("price", f"of {self.target} not known; give it by --price"))
         return rows
 
 

@@ -221,6 +221,9 @@ def test_times_and_prices():
     assert "2.00 times as many" in text
     assert "a million tokens" in "\n".join(make_report().describe())
     assert "largest batch" not in text
+    free = dataclasses.replace(report, price_per_hour=None)
+    assert free.total_price is None
+    assert any("give it by --price" in line for line in free.describe())
     assert report.max_batch == 7
     assert report.to_dict()["max_batch"] == 7
 
