@@ -69,7 +69,7 @@ def pack_here(directory: Path) -> tuple[int, int, float]:
     tokenizer = open_model(SOURCE).load_tokenizer()
     started = time.perf_counter()
     config = Config(
-        train=str(directory / "chats.jsonl"), eval_size=0.0, max_length=LENGTH
+        train=str(directory / "chats.jsonl"), eval_size=0.0, max_length=LENGTH, cache=""
     )
     rows, _, _ = load_examples(config, tokenizer)
     seconds = time.perf_counter() - started
