@@ -91,6 +91,8 @@ def evaluate(found: weights.Weights, predictions: str | None = None) -> Any:
     mesh = weights.make_mesh(found)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         model = weights.load(found, mesh)
+        for rows in held_out.values():
+            rows.check_texts(model.longest_text)
         if has_teacher(e):
             model = with_teacher(model, load_teacher(e, mesh, tokenizer))
         graphdef, params = tree.split(model)

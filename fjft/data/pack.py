@@ -181,6 +181,7 @@ class Rows:
         self._num_parts = num_parts
         self._draw = draw
         lengths = examples.lengths if draw is None else draw.measure(examples.lengths)
+        self._measured = lengths
         self.bins: Bins | None = None
         if config.packing:
             self.bins = pack_best_fit(lengths, config.max_length)
@@ -224,6 +225,28 @@ class Rows:
         """The smallest bucket that fits all of these rows."""
         longest = self.lengths[indices].max(initial=0)
         return self.buckets[int(np.searchsorted(self.buckets, longest))]
+
+    def check_texts(self, limit: int | None) -> None:
+        """Refuses texts that a model has no positions for.
+
+        Args:
+          limit: Tokens of the longest text that it can read; None is any.
+
+        Raises:
+          UserError: There is a longer one.
+        """
+        if limit is None:
+            return
+        for index in np.flatnonzero(self._measured > limit).tolist():
+            example = self.example(index)
+            parts = example.columns.get("parts", np.zeros(len(example), np.int32))
+            longest = np.bincount(parts).max()
+            if longest > limit:
+                row = self.examples.row_numbers[index]
+                raise UserError(
+                    f"a text of row {row} has {longest} tokens, and the model has "
+                    f"positions for {limit}; set data.max_length={limit}"
+                )
 
     def example(self, index: int, seed: Sequence[int] = (0,)) -> Example:
         """An example; what is drawn of it follows from its number and the seed."""

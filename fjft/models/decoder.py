@@ -114,6 +114,14 @@ class Decoder(nnx.Module):
         return self.provenance.files.config
 
     @property
+    def longest_text(self) -> int | None:
+        """Tokens of a text that the table of positions is enough for; None is any."""
+        if self.arch.num_positions is None:
+            return None
+        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        return self.arch.num_positions - num_virtual
+
+    @property
     def logit_softcap(self) -> float | None:
         """What logits are bent to stay below; None leaves them."""
         return self.arch.logit_softcap

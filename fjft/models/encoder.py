@@ -95,6 +95,14 @@ class Encoder(nnx.Module):
         """The Hugging Face config of the checkpoint it was loaded from."""
         return self.provenance.files.config
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of a text that the table of positions is enough for; None is any."""
+        if not self.arch.num_positions:
+            return None
+        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        return self.arch.num_positions - self.arch.position_offset - num_virtual
+
     def logit_terms(
         self, x_BTE: Float[Array, "B T E"], rng: Key[Array, ""] | None = None
     ) -> Terms:
@@ -122,8 +130,7 @@ class Encoder(nnx.Module):
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(input_ids_BT)
-            num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
-            self._check_length(num_virtual + input_ids_BT.shape[1])
+            self._check_length(input_ids_BT.shape[1])
         if positions_BT is None:
             positions_BT = restarting_positions(segment_ids_BT)
         num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
@@ -143,8 +150,8 @@ class Encoder(nnx.Module):
         return x_BTD if self.head.plan.pooling else x_BTD[:, num_virtual:]
 
     def _check_length(self, length: int) -> None:
-        limit = self.arch.num_positions - self.arch.position_offset
-        if self.arch.num_positions and length > limit:
+        limit = self.longest_text
+        if limit is not None and length > limit:
             raise UserError(
                 f"rows of {length} tokens are longer than the {limit} positions that "
                 "the model knows; cut them"

@@ -132,6 +132,11 @@ class EncoderDecoder(nnx.Module):
         """The Hugging Face config of the checkpoint it was loaded from."""
         return self.provenance.files.config
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of a text that the table of positions is enough for; None is any."""
+        return self.arch.num_positions or None
+
     def encode(
         self,
         input_ids_BE: Int[Array, "B E"],

@@ -118,6 +118,8 @@ def build_run(
     if labels is not None:
         files = name_labels(files, labels)
     program = build_program(e, mesh, files, total_steps, num_labels)
+    for rows in (train, *held_out.values()):
+        rows.check_texts(program.blueprint.model.longest_text)
     model = build_model(
         files,
         method=e.method,

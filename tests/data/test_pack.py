@@ -4,6 +4,7 @@ import pytest
 from trl.data_utils import pack_dataset
 
 from fjft.data.config import Config
+from fjft.data.examples import Example, Spool
 from fjft.data.pack import Rows, choose_buckets, pack_best_fit
 from fjft.errors import UserError
 from fjft.labels import IGNORED
@@ -89,6 +90,26 @@ def test_round_trip(packing, make_examples):
         ids, labels = examples[i].columns.values()
         np.testing.assert_array_equal(found[ids[0]][0], ids)
         np.testing.assert_array_equal(found[ids[0]][1], labels)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_texts_without_positions_are_refused(packing, make_examples):
+    rows = Rows(make_examples([5, 9, 7]), Config(max_length=16, packing=packing))
+    rows.check_texts(None)
+    rows.check_texts(9)
+    with pytest.raises(UserError, match=r"row 1 has 9 tokens.*max_length=8"):
+        rows.check_texts(8)
+
+
+def test_each_part_of_an_example_has_positions_of_its_own():
+    spool = Spool(columns=("input_ids", "parts"))
+    parts = np.repeat(np.arange(2, dtype=np.int32), [4, 6])
+    example = Example({"input_ids": np.arange(10, dtype=np.int32), "parts": parts})
+    spool.add([example], [0])
+    rows = Rows(spool.finish(), Config(max_length=16), num_parts=2)
+    rows.check_texts(6)
+    with pytest.raises(UserError, match="row 0 has 6 tokens"):
+        rows.check_texts(5)
 
 
 def test_supervised_tokens_are_preserved(make_examples):

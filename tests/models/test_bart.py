@@ -69,7 +69,8 @@ def test_a_head_that_is_not_the_copy_it_ought_to_be_is_refused():
 
 def test_a_position_beyond_the_table_does_not_go_unnoticed():
     model = tiny.build_model(_files("mbart/pre-norm"))
-    limit = model.arch.num_positions
+    limit = model.longest_text
+    assert limit == 40
     positions = jnp.array([[0, limit - 1], [0, limit]])
     states = model.encode(jnp.full((2, 2), 7), positions).states
     assert np.isfinite(states[0]).all()

@@ -287,6 +287,7 @@ def test_sharded_equals_one_device(get_pair, case):
 def test_rows_that_are_too_long_are_refused_and_late_positions_are_loud(get_pair):
     pair = get_pair("roberta/pad-3/masked_lm")
     limit = 40 - 4
+    assert pair.ours.longest_text == limit
     ids = jnp.asarray(tiny.random_ids(1, limit + 1))
     with pytest.raises(UserError, match=f"the {limit} positions"):
         pair.ours(ids)

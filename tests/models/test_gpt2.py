@@ -59,6 +59,7 @@ def test_positions_beyond_the_last_do_not_go_unnoticed(get_twins):
         where = jnp.array([positions], jnp.int32)
         return model.backbone(x, where, jnp.ones((1, 2), jnp.int32))[0]
 
+    assert model.longest_text == 64
     assert np.isfinite(hidden(0, 63)).all()
     assert np.isnan(hidden(63, 64)[0, 1]).all()
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 import tiny_experiment
 
+import fjft
 from fjft import sharding
 from fjft.build import build_experiment, override
 from fjft.checkpoint.source import open_info
@@ -48,6 +49,17 @@ def test_a_config_alone_gives_the_program(llama, tmp_path):
     override(config, {"model.dtype": "auto"})
     dtypes = {str(p.dtype) for p in build(config, one_device()).frozen_shapes.values()}
     assert dtypes == {"float32"}
+
+
+def test_texts_longer_than_the_table_of_positions(tmp_path):
+    sizes = {"vocab_size": 512, "n_layer": 1, "n_positions": 16}
+    config = tiny_experiment.run_config(
+        "gpt_pretraining.py:smoke",
+        tmp_path,
+        {f"model.sizes.{name}": size for name, size in sizes.items()},
+    )
+    with pytest.raises(UserError, match="the model has positions for 16; set data"):
+        fjft.train(config)
 
 
 def test_a_batch_that_does_not_divide(llama, tmp_path):
