@@ -64,7 +64,7 @@ class ModelConfig:
     quantization: str = ""
     matmuls: str = ""
     from_scratch: bool = False
-    sizes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
     attention: str = "auto"
     attention_block: int = 0

@@ -120,7 +120,7 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return parse_value(key, text, args[0])
+        return _parse_one_of(key, text, args)
     if origin is tuple:
         parts = re.split(r"\s*,\s*", text.strip("()[] "))
         return tuple(parse_value(key, part, args[0]) for part in parts if part)
@@ -134,3 +134,14 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
     if hint is str:
         return text
     raise UserError(f"{OVERRIDE}{key}={text}: set one entry, {OVERRIDE}{key}.NAME=...")
+
+
+def _parse_one_of(key: str, text: str, hints: Sequence[Any]) -> Any:
+    """The value in the first of these types that it is of."""
+    errors = []
+    for hint in hints:
+        try:
+            return parse_value(key, text, hint)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]

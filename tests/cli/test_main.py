@@ -104,6 +104,8 @@ def test_errors_of_the_machine_are_explained(error, said):
         ("peft.target_modules", "q_proj|layers\\.1\\..*", "q_proj|layers\\.1\\..*"),
         ("peft.rank_pattern.q_proj", "4", 4),
         ("peft.rank_pattern.layers\\.1\\..*", "2", 2),
+        ("model.sizes.num_hidden_layers", "2", 2),
+        ("model.sizes.attention_dropout", "0.1", 0.1),
         ("checkpoint.resume", "true", True),
         ("model.source", "a=b", "a=b"),
     ],
@@ -116,6 +118,8 @@ def test_overrides_take_the_type_of_their_option(
     flags.add_config(parser)
     chosen = flags.parse(parser, [f"--config={path}", f"--config.{key}={text}"])
     config = flags.load_config(chosen)
+    if key.startswith("model.sizes"):  # of a model that has no weights yet
+        build.override(config, {"model.from_scratch": True, "peft.method": "full"})
     section, option, *entry = key.split(".", 2)
     found: Any = config.to_dict()[section][option]
     found = found[entry[0]] if entry else found
