@@ -55,6 +55,7 @@ class Report:
       link_seconds: Its collectives.
       price_per_hour: Dollars of all devices.
       total_steps: Optimizer steps of the run; None is not known.
+      repeats: Results that the compiler works out again, for want of memory.
       notes: What else is to be known of the program and this hardware.
       compile_seconds: What this plan took.
       find_max_batch: Searches the largest batch that fits, by compiling.
@@ -81,6 +82,7 @@ class Report:
     link_seconds: float | None
     price_per_hour: float | None
     total_steps: int | None
+    repeats: int
     notes: list[str]
     compile_seconds: float
     find_max_batch: Callable[[], int] = dataclasses.field(repr=False, compare=False)
@@ -269,6 +271,7 @@ def make_report(
         link_seconds=traffic and _divide(arriving, target.link_bandwidth),
         price_per_hour=target.price,
         total_steps=total_steps,
+        repeats=traffic.repeats if traffic else 0,
         notes=list(_notes(target, program.dtype, traffic.repeats if traffic else 0)),
         compile_seconds=compiled.seconds,
         find_max_batch=find_max_batch,

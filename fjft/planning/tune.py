@@ -16,13 +16,14 @@ from fjft.training.fit import gib
 CHUNKS = (512, 1024, 2048, 4096)
 # Microbatches of a step.
 PIECES = (2, 4)
-# What of the largest batch is tried besides: where memory is nearly full, the compiler
-# works out again what no policy told it to, which takes longer than the rows are worth.
+# What of the largest batch is tried besides, where the compiler works out again what no
+# policy told it to: that takes longer than the rows are worth.
 EASE = 0.75
 # How near the largest batch is near enough, in parts of it, until the rest is settled.
 SLACK = 0.1
-# How much faster a step of several microbatches must be, whose batch is so much larger.
-WORTH_PIECES = 1.01
+# How much faster several microbatches must be, whose batch is so much larger, and rows
+# of double the length.
+WORTH = 1.01
 
 Changes = dict[str, Any]
 
@@ -35,11 +36,13 @@ class Tried:
       changes: Values by dotted key.
       report: None if they cannot be had.
       is_hopeless: No batch makes them the fastest, so only the smallest was tried.
+      is_eased: A larger batch fits, and is slower.
     """
 
     changes: Changes
     report: Report | None
     is_hopeless: bool = False
+    is_eased: bool = False
 
     @property
     def speed(self) -> float:
@@ -64,10 +67,11 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
 
     One kind of setting after the other: how devices share the work, what is
     recomputed, how many logits exist at a time, into how many microbatches a step is
-    cut; each with about the largest batch that fits and with three quarters of it, and
-    the best one in the end with the largest. Settings whose products alone take longer
-    than the best so far are given up after one compile. What rows of half and of double
-    the length come to is told but not chosen: they would hold other examples.
+    cut, how long packed rows are; each with about the largest batch that fits, and with
+    three quarters of it where the compiler has to make room, and the best one in the
+    end with the largest. Settings whose products alone take longer than the best so far
+    are given up after one compile. Rows of half the length are told but not chosen:
+    they would not hold the same examples.
 
     Args:
       planner: Of the config to start from.
@@ -87,7 +91,8 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
         (_meshes(planner), 1.0),
         (_remats(planner), 1.0),
         (_chunks(planner), 1.0),
-        (_pieces(), WORTH_PIECES),
+        (_pieces(), WORTH),
+        (_longer(planner), WORTH),
     ):
         for choice in choices:
             to_beat = best.speed * least_gain
@@ -101,11 +106,13 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
             "recomputed; use a smaller data.max_length, peft.method=lora, or more "
             "devices"
         )
-    largest = _try(planner, best.changes, slack=0.0)
-    say(largest.describe())
-    for choice in _lengths(planner):
-        say(f"not chosen: {_try(planner, best.changes | choice).describe()}")
-    return max(best, largest, key=lambda tried: tried.speed)
+    if not best.is_eased:
+        largest = _try(planner, best.changes, slack=0.0)
+        say(largest.describe())
+        best = max(best, largest, key=lambda tried: tried.speed)
+    half = {"data.max_length": _length(planner) // 2}
+    say(f"not chosen: {_try(planner, best.changes | half).describe()}")
+    return best
 
 
 def _try(
@@ -128,9 +135,13 @@ def _try(
         return least
     if (least.report.most_tokens_per_second or 0.0) <= to_beat:
         return dataclasses.replace(least, is_hopeless=True)
-    most = planner.max_batch(changes, slack)
-    eased = max(int(most * EASE) // unit, 1) * unit
-    return max(plan(most), plan(eased), key=lambda tried: tried.speed)
+    most = plan(planner.max_batch(changes, slack))
+    assert most.report is not None
+    if not most.report.repeats:
+        return most
+    rows = max(int(most.report.batch_size * EASE) // unit, 1) * unit
+    eased = dataclasses.replace(plan(rows), is_eased=True)
+    return max(most, eased, key=lambda tried: tried.speed)
 
 
 def _meshes(planner: Planner) -> Iterator[Changes]:
@@ -166,9 +177,14 @@ def _pieces() -> Iterator[Changes]:
     return ({"train.accumulation_steps": pieces} for pieces in PIECES)
 
 
-def _lengths(planner: Planner) -> Iterator[Changes]:
-    length = build_experiment(planner.config).data.max_length
-    return ({"data.max_length": n} for n in (length // 2, length * 2))
+def _longer(planner: Planner) -> Iterator[Changes]:
+    """Packed rows of double the length hold the same examples."""
+    if build_experiment(planner.config).data.packing:
+        yield {"data.max_length": 2 * _length(planner)}
+
+
+def _length(planner: Planner) -> int:
+    return build_experiment(planner.config).data.max_length
 
 
 def advise(planner: Planner) -> Iterator[Tried]:

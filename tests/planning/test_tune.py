@@ -48,6 +48,7 @@ def make_report(**changes: Any) -> Report:
         link_seconds=0.1,
         price_per_hour=36.0,
         total_steps=None,
+        repeats=0,
         compile_seconds=1.0,
         notes=[],
         find_max_batch=lambda: 7,
@@ -123,12 +124,12 @@ def test_the_fastest_that_fits_wins():
     assert any("does not fit" in line and "none" in line for line in said)
     # What computes longer than the best took is not given a batch.
     searched = [changes.get("model.remat") for changes in planner.searched]
-    assert searched == [None, *["dots"] * 7]
+    assert searched == [None, *["dots"] * 6]
     assert any("at most" in line and "offload" in line for line in said)
     length = planner.config.to_dict()["data"]["max_length"]
-    shorter, longer = (line for line in said if line.startswith("not chosen: "))
-    assert f"data.max_length={length // 2}" in shorter
-    assert f"data.max_length={length * 2}" in longer
+    assert f"data.max_length={length * 2}" in said[-3]
+    assert said[-1].startswith("not chosen: ")
+    assert f"data.max_length={length // 2}" in said[-1]
 
 
 def test_a_step_is_cut_where_that_is_worth_its_batch():
@@ -145,12 +146,32 @@ def test_memory_is_not_filled_where_that_is_slower(monkeypatch):
         report = MadeUp.plan(planner, changes)
         is_full = report.peak_bytes > 0.9 * 10 * GIB
         slowed = (report.compute_seconds or 0.0) * (1.2 if is_full else 1.0)
-        return dataclasses.replace(report, memory_seconds=slowed)
+        return dataclasses.replace(report, memory_seconds=slowed, repeats=is_full)
 
     monkeypatch.setattr(planner, "plan", plan)
     best = tune.tune(planner)  # type: ignore[arg-type]
+    assert best.is_eased
     assert best.changes["model.remat"] == "dots"
     assert best.changes["train.batch_size"] == 15  # of 20 that fit
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packed_rows_are_made_longer_where_that_is_faster(monkeypatch, packing):
+    """As where one row is too little for a chip, and two are too much for it."""
+    planner = MadeUp()
+    override(planner.config, {"data.packing": packing, "data.max_length": 512})
+
+    def plan(changes):
+        report = MadeUp.plan(planner, changes)
+        length = changes.get("data.max_length", 512)
+        seconds = (report.compute_seconds or 0.0) * 500 / length
+        return dataclasses.replace(report, compute_seconds=seconds)
+
+    monkeypatch.setattr(planner, "plan", plan)
+    said = []
+    best = tune.tune(planner, said.append)  # type: ignore[arg-type]
+    assert best.changes.get("data.max_length") == (1024 if packing else None)
+    assert "data.max_length=256" in said[-1]
 
 
 @pytest.mark.parametrize(
