@@ -80,8 +80,8 @@ class Config:
       mean_noise_span_length: Tokens in such a span, on average.
       shuffle: New order in every epoch, chosen by the seed; otherwise as read.
       strict: The first row that cannot be used is an error.
-      cache: Where tokenized data are kept for the next start, if tokenizing them took
-        more than some seconds; "" keeps none.
+      cache: Where tokenized data are kept for the next start, until none has used them
+        for 30 days; "" keeps none.
     """
 
     train: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = ()

@@ -6,14 +6,17 @@ follow from: the files with their times, or the commit of a dataset; the config,
 seed and the labels; the tokenizer, and the code that was at work.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import os
 import pickle
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,12 @@ from fjft.data.sources import find_files, list_specs
 
 # What is tokenized faster is not worth its place on the disk.
 MIN_SECONDS = 0.2
+# What no run has used for so many seconds is deleted.
+MAX_AGE = 30 * 86_400
 
 _CODE = Path(__file__).parent
+_DIGEST_BYTES = 16
+_NAME = re.compile(f"[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
 _LIBRARIES = ("transformers", "tokenizers", "datasets")
 # What happens to examples later, and so is nothing that they follow from.
 _LATER = {
@@ -65,7 +72,7 @@ class Keeper:
     @functools.cached_property
     def _digest(self) -> Any:
         """Of all but the sources."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         for fact in (
             self._choices,
             self._tokenizer.backend_tokenizer.to_str(),
@@ -111,6 +118,8 @@ def load(
         }
     except (OSError, EOFError, ValueError, pickle.UnpicklingError):
         return None
+    with contextlib.suppress(OSError):  # it may be another user's
+        os.utime(place)
     notes = [arrays.pop(f"notes.{n}") for n in _NOTES if f"notes.{n}" in arrays]
     examples = Examples(
         **arrays,
@@ -139,6 +148,7 @@ def save(place: Path, examples: Examples, report: Report) -> Report:
         (part / "report.pickle").write_bytes(pickle.dumps((report, list(arrays))))
         shutil.rmtree(place, ignore_errors=True)
         os.replace(part, place)
+        _delete_old(place.parent)
     except OSError as error:
         reason = f"not kept for the next start: {place.parent}: {error.strerror}"
         return dataclasses.replace(report, kept=reason)
@@ -146,6 +156,14 @@ def save(place: Path, examples: Examples, report: Report) -> Report:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
     return dataclasses.replace(report, kept=f"kept for the next start in {place}")
+
+
+def _delete_old(root: Path) -> None:
+    for place in root.iterdir():
+        with contextlib.suppress(OSError):  # another process was faster
+            is_old = time.time() - place.stat().st_mtime > MAX_AGE
+            if is_old and _NAME.fullmatch(place.name):
+                shutil.rmtree(place)
 
 
 def _state_of(spec: str) -> Any:

@@ -151,6 +151,24 @@ def test_what_is_broken_is_read_anew(damage, tokenizer, write, tmp_path, count_e
         assert count_encoded() == count
 
 
+def test_what_nobody_uses_is_deleted_and_nothing_else(tokenizer, write, tmp_path):
+    path, cache = write(*TEXTS), tmp_path / "cache"
+    read(make_config(tmp_path, path), tokenizer)
+    (used,) = cache.iterdir()
+    read(make_config(tmp_path, path), tokenizer, seed=1)
+    (unused,) = set(cache.iterdir()) - {used}
+    other = cache / "somebody's"
+    other.mkdir()
+    for place in (used, unused, other):
+        os.utime(place, (1, 1))
+    read(make_config(tmp_path, path), tokenizer)  # which uses it
+    read(make_config(tmp_path, path), tokenizer, seed=2)
+    assert used.exists()
+    assert other.exists()
+    assert not unused.exists()
+    assert len(list(cache.iterdir())) == 3
+
+
 def test_a_place_that_cannot_be_written_stops_nothing(tokenizer, write, tmp_path):
     (tmp_path / "cache").write_text("a file")
     rows, _, report = read(make_config(tmp_path, write(*TEXTS)), tokenizer)
