@@ -70,8 +70,9 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
     cut, how long packed rows are; each with about the largest batch that fits, and with
     three quarters of it where the compiler has to make room, and the best one in the
     end with the largest. Settings whose products alone take longer than the best so far
-    are given up after one compile. Rows of half the length are told but not chosen:
-    they would not hold the same examples.
+    are given up after one compile; where products are all that holds up the best so
+    far, the last three kinds are left out. Rows of half the length are told but not
+    chosen: they would not hold the same examples.
 
     Args:
       planner: Of the config to start from.
@@ -87,29 +88,37 @@ def tune(planner: Planner, say: Callable[[str], None] = lambda line: None) -> Tr
             "tuned for it; name a target such as v5e-8"
         )
     best = Tried({}, None)
-    for choices, least_gain in (
-        (_meshes(planner), 1.0),
-        (_remats(planner), 1.0),
-        (_chunks(planner), 1.0),
-        (_pieces(), WORTH),
-        (_longer(planner), WORTH),
-    ):
+
+    def try_each(choices: Iterator[Changes], least_gain: float = 1.0) -> None:
+        nonlocal best
         for choice in choices:
             to_beat = best.speed * least_gain
             tried = _try(planner, best.changes | choice, to_beat)
             say(tried.describe())
             if tried.speed > to_beat:
                 best = tried
+
+    try_each(_meshes(planner))
+    try_each(_remats(planner))
     if best.report is None:
         raise UserError(
             f"nothing fits {target.name}: not one row on each device, whatever is "
             "recomputed; use a smaller data.max_length, peft.method=lora, or more "
             "devices"
         )
-    if not best.is_eased:
-        largest = _try(planner, best.changes, slack=0.0)
-        say(largest.describe())
-        best = max(best, largest, key=lambda tried: tried.speed)
+    if best.speed < (best.report.most_tokens_per_second or 0.0):
+        try_each(_chunks(planner))
+        try_each(_pieces(), WORTH)
+        try_each(_longer(planner), WORTH)
+        if not best.is_eased:
+            largest = _try(planner, best.changes, slack=0.0)
+            say(largest.describe())
+            best = max(best, largest, key=lambda tried: tried.speed)
+    else:
+        say(
+            "its products alone take as long as the whole step, so other chunks, more "
+            "pieces and longer rows would not be faster"
+        )
     half = {"data.max_length": _length(planner) // 2}
     say(f"not chosen: {_try(planner, best.changes | half).describe()}")
     return best

@@ -65,6 +65,7 @@ class MadeUp:
         fixed: float = 2.0,
         update: float = 0.0,
         devices: int = 1,
+        is_slow: bool = True,
     ):
         self.target = Target(
             name="x-1",
@@ -78,6 +79,7 @@ class MadeUp:
         self.config = fjft.load_config("configs/llama31_8b_lora.py")
         self.fixed = fixed
         self.update = update  # seconds of memory traffic
+        self.is_slow = is_slow  # its memory
         self.searched = []
 
     def mesh(self, changes):
@@ -100,14 +102,15 @@ class MadeUp:
         room, work = cost(changes.get("model.remat", "full"))
         chunk = changes.get("objective.chunk_tokens", 512)
         pieces = changes.get("train.accumulation_steps", 1)
-        seconds = batch * work * (1 + 1 / chunk)
+        seconds = batch * work
+        traffic = seconds * (1 + 1 / chunk) + self.update
         peak = int((self.fixed + room * batch / pieces) * GIB)
         return make_report(
             batch_size=batch,
             fits=peak <= 10 * GIB,
             peak_bytes=peak,
             compute_seconds=seconds,
-            memory_seconds=seconds + self.update if self.update else 0.0,
+            memory_seconds=traffic if self.is_slow else 0.0,
             link_seconds=0.0,
         )
 
@@ -124,7 +127,7 @@ def test_the_fastest_that_fits_wins():
     assert any("does not fit" in line and "none" in line for line in said)
     # What computes longer than the best took is not given a batch.
     searched = [changes.get("model.remat") for changes in planner.searched]
-    assert searched == [None, *["dots"] * 6]
+    assert searched == [None, "attention", *["dots"] * 7]
     assert any("at most" in line and "offload" in line for line in said)
     length = planner.config.to_dict()["data"]["max_length"]
     assert f"data.max_length={length * 2}" in said[-3]
@@ -145,7 +148,7 @@ def test_memory_is_not_filled_where_that_is_slower(monkeypatch):
     def plan(changes):
         report = MadeUp.plan(planner, changes)
         is_full = report.peak_bytes > 0.9 * 10 * GIB
-        slowed = (report.compute_seconds or 0.0) * (1.2 if is_full else 1.0)
+        slowed = (report.memory_seconds or 0.0) * (1.2 if is_full else 1.0)
         return dataclasses.replace(report, memory_seconds=slowed, repeats=is_full)
 
     monkeypatch.setattr(planner, "plan", plan)
@@ -153,6 +156,16 @@ def test_memory_is_not_filled_where_that_is_slower(monkeypatch):
     assert best.is_eased
     assert best.changes["model.remat"] == "dots"
     assert best.changes["train.batch_size"] == 15  # of 20 that fit
+
+
+def test_what_products_alone_hold_up_is_searched_no_further():
+    said, planner = [], MadeUp(is_slow=False)
+    best = tune.tune(planner, said.append)  # type: ignore[arg-type]
+    assert best.changes["model.remat"] == "dots"
+    assert "objective.chunk_tokens" not in best.changes
+    assert any("would not be faster" in line for line in said)
+    searched = [changes.get("model.remat") for changes in planner.searched]
+    assert searched == [None, "dots", "dots"]  # the last for rows of half the length
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -164,8 +177,8 @@ def test_packed_rows_are_made_longer_where_that_is_faster(monkeypatch, packing):
     def plan(changes):
         report = MadeUp.plan(planner, changes)
         length = changes.get("data.max_length", 512)
-        seconds = (report.compute_seconds or 0.0) * 500 / length
-        return dataclasses.replace(report, compute_seconds=seconds)
+        seconds = (report.memory_seconds or 0.0) * 500 / length
+        return dataclasses.replace(report, compute_seconds=0.1, memory_seconds=seconds)
 
     monkeypatch.setattr(planner, "plan", plan)
     said = []
