@@ -25,9 +25,7 @@ from fjft.data.templates import MalformedError
 from fjft.data.tokenize import find_labels
 from fjft.errors import UserError
 
-__all__ = ["COLUMNS", "Corruption", "Encoder", "find_labels", "show_example"]
-
-COLUMNS = TEXT_COLUMNS
+__all__ = ["Corruption", "Encoder", "find_labels", "show_example"]
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 

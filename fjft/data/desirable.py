@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 from fjft.data import tokenize
 from fjft.data.config import Config
-from fjft.data.examples import Draw, Encoded, Example, Labels
+from fjft.data.examples import Draw, Encoded, Example, Labels, Layout
 from fjft.data.preferences import join, show_example
 from fjft.data.templates import Chat, MalformedError, Pair, Sample, read_sample
 from fjft.data.tokenize import find_labels
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "show_example"]
-
-COLUMNS = None
+__all__ = ["Encoder", "find_labels", "make_layout", "show_example"]
 
 DESIRABLE, UNDESIRABLE, MISMATCHED = range(3)
 
@@ -105,6 +103,12 @@ class Encoder:
                 )
             results.append(example)
         return results
+
+
+def make_layout(config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches hold, whatever the arguments."""
+    del config, has_types, num_labels
+    return Layout(num_parts=Encoder.num_parts, is_numbered=True)
 
 
 def _mismatch(samples: Sequence[Sample], place: int) -> Sample | None:

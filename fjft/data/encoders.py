@@ -1,10 +1,10 @@
 """The table of contents of what examples are made of.
 
 Each module has an `Encoder` (see `reading.Encoder`), `find_labels(config)`, what its
-examples are labelled with, `show_example(tokenizer, example, labels)`, and `COLUMNS`,
-what a batch has for each token besides positions and segments; None where the data
-decide. Where a model can write what is learned, `ask(example)` is what it reads before
-and what it should write, as token ids; it reads nothing where nothing is asked.
+examples are labelled with, `show_example(tokenizer, example, labels)`, and where its
+batches hold other than labelled tokens, `make_layout`; see `find_layout`. Where a model
+can write what is learned, `ask(example)` is what it reads before and what it should
+write, as token ids; it reads nothing where nothing is asked.
 """
 
 import types
@@ -22,6 +22,8 @@ from fjft.data import (
     tagged,
     tokenize,
 )
+from fjft.data.config import Config
+from fjft.data.examples import Layout
 
 ENCODERS: dict[str, types.ModuleType] = {
     "text": tokenize,
@@ -36,3 +38,16 @@ ENCODERS: dict[str, types.ModuleType] = {
     "seq2seq": seq2seq,
     "tagged": tagged,
 }
+
+
+def find_layout(kind: str, config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches of a kind of examples hold, known without the data.
+
+    Args:
+      kind: A key of `ENCODERS`.
+      config: The data section.
+      has_types: Whether the tokenizer tells texts apart by types of tokens.
+      num_labels: Outputs of the head, where labels are of whole examples.
+    """
+    make = getattr(ENCODERS[kind], "make_layout", None)
+    return make(config, has_types, num_labels) if make else Layout()

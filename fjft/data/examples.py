@@ -43,6 +43,30 @@ class Example:
         return len(self.columns["input_ids"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a batch of B rows of T tokens holds besides their positions and segments.
+
+    Attributes:
+      columns: Names of what it has for each token, int32 [B, T].
+      no_target: What stands for the label of a whole example where there is none; a
+        batch has S of them in a row. None if examples have no such labels.
+      num_parts: P, the texts that an example is made of.
+      is_numbered: Whether a batch says which examples its segments are of.
+    """
+
+    columns: tuple[str, ...] = TEXT_COLUMNS
+    no_target: np.ndarray | None = None
+    num_parts: int = 1
+    is_numbered: bool = False
+
+
+def without_label(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """The label of an example where there is none: -100, or NaN among numbers."""
+    filler = np.nan if np.dtype(dtype).kind == "f" else IGNORED
+    return np.full(shape, filler, dtype)
+
+
 class Draw(Protocol):
     """What is drawn anew of an example in every epoch.
 

@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import Draw, Encoded, Example, Labels
+from fjft.data.examples import Draw, Encoded, Example, Labels, Layout
 from fjft.data.labelled import read_text
 from fjft.data.sources import list_specs
 from fjft.data.templates import Chat, MalformedError, Pair, read_sample
 from fjft.data.tokenize import find_labels
 from fjft.errors import UserError
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "show_example"]
-
-COLUMNS = None
+__all__ = ["Encoder", "find_labels", "make_layout", "show_example"]
 
 
 class Encoder:
@@ -46,7 +44,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, config: Config):
         self._text_columns = list_specs(config.text_columns)
-        self.num_parts = len(self._text_columns) or 2
+        self.num_parts = _count_texts(config)
         if self.num_parts not in (2, 3):
             raise UserError(
                 f"data.text_columns is {config.text_columns!r}; name two columns of "
@@ -104,6 +102,16 @@ class Encoder:
         }
         was_cut = any(encoding.overflowing for encoding in group)
         return Example(columns, is_truncated=was_cut)
+
+
+def make_layout(config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches hold; of the arguments, `text_columns` matters."""
+    del has_types, num_labels
+    return Layout(("input_ids",), num_parts=_count_texts(config), is_numbered=True)
+
+
+def _count_texts(config: Config) -> int:
+    return len(list_specs(config.text_columns)) or 2
 
 
 def show_example(tokenizer: Any, example: Example, labels: None = None) -> str:

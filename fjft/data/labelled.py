@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import Draw, Encoded, Example, Labels
+from fjft.data.examples import (
+    Draw,
+    Encoded,
+    Example,
+    Labels,
+    Layout,
+    without_label,
+)
 from fjft.data.sources import list_specs, read_rows
 from fjft.data.templates import MalformedError
 from fjft.errors import UserError
-
-COLUMNS = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,9 +61,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._config = config
         self._has_types = "token_type_ids" in tokenizer.model_input_names
-        self.columns: tuple[str, ...] = ("input_ids",)
-        if self._has_types:
-            self.columns += ("token_type_ids",)
+        self.columns: tuple[str, ...] = name_columns(self._has_types)
         self.labels: Labels | None = find_labels(config)
         self._ids = {name: i for i, name in enumerate(self.labels.names)}
 
@@ -118,6 +121,25 @@ class Encoder:
             else:
                 results.append(example)
         return results
+
+
+def name_columns(has_types: bool) -> tuple[str, ...]:
+    """What there is of each token."""
+    return ("input_ids", "token_type_ids") if has_types else ("input_ids",)
+
+
+def make_layout(config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches hold.
+
+    Args:
+      config: `problem_type` is used.
+      has_types: Whether the tokenizer tells texts apart.
+      num_labels: Outputs of the head.
+    """
+    is_single = config.problem_type == "single_label_classification"
+    dtype = np.float32 if config.problem_type == "regression" else np.int32
+    shape = () if is_single else (num_labels,)
+    return Layout(name_columns(has_types), without_label(shape, dtype))
 
 
 def find_labels(config: Config) -> Labels:

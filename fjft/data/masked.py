@@ -20,9 +20,7 @@ from fjft.data.tokenize import find_labels, show_example
 from fjft.errors import UserError
 from fjft.labels import IGNORED
 
-__all__ = ["COLUMNS", "Encoder", "Masking", "find_labels", "show_example"]
-
-COLUMNS = TEXT_COLUMNS
+__all__ = ["Encoder", "Masking", "find_labels", "show_example"]
 
 # Of the tokens that are learned (Devlin et al. 2018, section 3.1): so many are hidden
 # behind the mask, so many become another token, and the rest stay.

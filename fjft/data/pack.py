@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import TEXT_COLUMNS, Draw, Example, Examples
+from fjft.data.examples import Draw, Example, Examples, Layout, without_label
 from fjft.errors import UserError
 from fjft.labels import IGNORED
 
@@ -120,31 +120,32 @@ def choose_buckets(max_length: int, longest: int, buckets: Sequence[int]) -> lis
 
 
 def empty_batch(
-    batch_size: int,
-    length: int,
-    columns: Sequence[str] = TEXT_COLUMNS,
-    no_targets: np.ndarray | None = None,
+    batch_size: int, length: int, layout: Layout, num_examples: int = 1
 ) -> Batch:
     """A batch that is padding only.
 
     Args:
       batch_size: B.
       length: T.
-      columns: Names of the examples' columns.
-      no_targets: [S, ...], what stands in a row for the labels of whole examples where
-        it has none; None if there are no such labels.
+      layout: What it holds.
+      num_examples: S, the examples that a row has at most.
 
     Returns:
-      int32 [B, T] arrays: the columns, `positions` and `segment_ids`. With targets,
-      `labels` is [B, S, ...] with the label of segment s of a row at s - 1.
+      int32 [B, T] arrays: the columns, `positions` and `segment_ids`. Where whole
+      examples have labels, `labels` is [B, S, ...] with that of segment s of a row at
+      s - 1. Where the layout is numbered, `examples` is int32 [B, S, P], the number of
+      the example that each segment is of, and -1 where there is none.
     """
-    shape = (batch_size, length)
-    batch = {
-        name: np.full(shape, IGNORED if name == "labels" else 0, np.int32)
-        for name in (*columns, "positions", "segment_ids")
+    tokens, examples = (batch_size, length), (batch_size, num_examples)
+    batch: Batch = {
+        name: np.full(tokens, IGNORED if name == "labels" else 0, np.int32)
+        for name in (*layout.columns, "positions", "segment_ids")
     }
-    if no_targets is not None:
-        batch["labels"] = np.repeat(no_targets[None], batch_size, axis=0)
+    if layout.no_target is not None:
+        shape = *examples, *layout.no_target.shape
+        batch["labels"] = np.broadcast_to(layout.no_target, shape).copy()
+    if layout.is_numbered:
+        batch["examples"] = np.full((*examples, layout.num_parts), -1, np.int32)
     return batch
 
 
@@ -159,7 +160,6 @@ class Rows:
 
     Attributes:
       examples: The examples.
-      columns: What a batch has for each token, besides positions and segments.
       bins: Which examples share a row; None without packing.
       buckets: The row lengths that occur, increasing; `(max_length,)` with packing.
       lengths: int64 [rows], tokens in each row.
@@ -177,8 +177,15 @@ class Rows:
     ):
         self.examples = examples
         columns = examples.columns if draw is None else draw.columns
-        self.columns = tuple(name for name in columns if name != "parts")
-        self._num_parts = num_parts
+        targets = examples.targets
+        self._layout = Layout(
+            columns=tuple(name for name in columns if name != "parts"),
+            no_target=None
+            if targets is None
+            else without_label(targets.shape[1:], targets.dtype),
+            num_parts=num_parts,
+            is_numbered=examples.notes is not None or num_parts > 1,
+        )
         self._draw = draw
         lengths = examples.lengths if draw is None else draw.measure(examples.lengths)
         self._measured = lengths
@@ -205,16 +212,6 @@ class Rows:
         """S, the examples that a row has at most."""
         return 1 if self.bins is None else int(np.diff(self.bins.starts).max(initial=1))
 
-    @functools.cached_property
-    def _no_targets(self) -> np.ndarray | None:
-        """For each of S examples: -100, or NaN for numbers."""
-        targets = self.examples.targets
-        if targets is None:
-            return None
-        filler = np.nan if targets.dtype.kind == "f" else IGNORED
-        shape = self._most_examples, *targets.shape[1:]
-        return np.full(shape, filler, targets.dtype)
-
     @property
     def efficiency(self) -> float:
         """Fraction of positions that hold tokens, each row in its smallest bucket."""
@@ -225,6 +222,11 @@ class Rows:
         """The smallest bucket that fits all of these rows."""
         longest = self.lengths[indices].max(initial=0)
         return self.buckets[int(np.searchsorted(self.buckets, longest))]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row in the longest batch that there may be."""
+        return self.choose_length(np.arange(len(self)))
 
     def check_texts(self, limit: int | None) -> None:
         """Refuses texts that a model has no positions for.
@@ -271,27 +273,23 @@ class Rows:
           seed: Of what is drawn of each example.
 
         Returns:
-          What `empty_batch` has. If examples have notes or several parts P, also
-          `examples`, int32 [B, S, P], the number of the example that each segment is
-          of, and -1 where there is none.
+          What `empty_batch` has.
         """
-        batch = empty_batch(batch_size, length, self.columns, self._no_targets)
-        if self.examples.notes is not None or self._num_parts > 1:
-            shape = batch_size, self._most_examples, self._num_parts
-            batch["examples"] = np.full(shape, -1, np.int32)
+        layout = self._layout
+        batch = empty_batch(batch_size, length, layout, self._most_examples)
         for row, index in enumerate(indices):
             members = [index] if self.bins is None else self.bins[index]
             start = 0
             for place, example in enumerate(members):
                 member = self.example(example, seed)
                 end = start + len(member)
-                for name in self.columns:
+                for name in layout.columns:
                     batch[name][row, start:end] = member.columns[name]
                 parts = member.columns.get("parts", np.zeros(len(member), np.int32))
                 # What is sorted is found where it begins.
                 positions = np.arange(len(parts)) - np.searchsorted(parts, parts)
                 batch["positions"][row, start:end] = positions
-                first = place * self._num_parts + 1
+                first = place * layout.num_parts + 1
                 batch["segment_ids"][row, start:end] = first + parts
                 if member.target is not None:
                     batch["labels"][row, place] = member.target

@@ -16,13 +16,11 @@ import numpy as np
 
 from fjft.data import tokenize
 from fjft.data.config import Config
-from fjft.data.examples import Draw, Encoded, Example, Labels
+from fjft.data.examples import Draw, Encoded, Example, Labels, Layout
 from fjft.data.templates import MalformedError, Sample, read_sample
 from fjft.data.tokenize import find_labels
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "join", "show_example"]
-
-COLUMNS = None
+__all__ = ["Encoder", "find_labels", "join", "make_layout", "show_example"]
 
 
 class Encoder:
@@ -77,6 +75,12 @@ class Encoder:
         encoded = self._encoder.encode([text for pair in samples for text in pair])
         pairs = zip(encoded[::2], encoded[1::2], strict=True)
         return [join(dict(enumerate(pair))) for pair in pairs]
+
+
+def make_layout(config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches hold, whatever the arguments."""
+    del config, has_types, num_labels
+    return Layout(num_parts=Encoder.num_parts, is_numbered=True)
 
 
 def _find_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:

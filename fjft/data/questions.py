@@ -16,16 +16,21 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import Draw, Encoded, Example, Labels
-from fjft.data.labelled import read_text
+from fjft.data.examples import (
+    Draw,
+    Encoded,
+    Example,
+    Labels,
+    Layout,
+    without_label,
+)
+from fjft.data.labelled import name_columns, read_text
 from fjft.data.sources import list_specs
 from fjft.data.templates import MalformedError
 from fjft.data.tokenize import find_labels
 from fjft.errors import UserError
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "show_example"]
-
-COLUMNS = None
+__all__ = ["Encoder", "find_labels", "make_layout", "show_example"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,9 +73,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._config = config
         self._has_types = "token_type_ids" in tokenizer.model_input_names
-        self.columns: tuple[str, ...] = ("input_ids",)
-        if self._has_types:
-            self.columns += ("token_type_ids",)
+        self.columns: tuple[str, ...] = name_columns(self._has_types)
         self._num_questions = 0
 
     def read(self, values: dict[str, Any]) -> tuple[str, Question]:
@@ -141,6 +144,14 @@ class Encoder:
             target = _find_answer(sample, offsets, places[0])
             examples.append(Example(columns, target, note=json.dumps(note)))
         return examples
+
+
+def make_layout(config: Config, has_types: bool, num_labels: int) -> Layout:
+    """What batches hold; arguments as in `labelled`."""
+    del config, num_labels
+    return Layout(
+        name_columns(has_types), without_label((2,), np.int32), is_numbered=True
+    )
 
 
 def _find_answer(sample: Question, offsets: np.ndarray, first: int) -> np.ndarray:

@@ -9,12 +9,10 @@ nothing where the answer begins.
 from typing import Any
 
 from fjft.data import preferences
-from fjft.data.preferences import find_labels, show_example
+from fjft.data.preferences import find_labels, make_layout, show_example
 from fjft.data.templates import Sample, read_sample
 
-__all__ = ["COLUMNS", "Encoder", "find_labels", "show_example"]
-
-COLUMNS = None
+__all__ = ["Encoder", "find_labels", "make_layout", "show_example"]
 
 
 class Encoder(preferences.Encoder):

@@ -23,8 +23,6 @@ from fjft.data.templates import MalformedError
 from fjft.errors import UserError
 from fjft.labels import IGNORED
 
-COLUMNS = TEXT_COLUMNS
-
 NO_TOKEN = -1  # beyond a source
 
 

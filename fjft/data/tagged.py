@@ -24,8 +24,6 @@ from fjft.data.templates import MalformedError
 from fjft.errors import UserError
 from fjft.labels import IGNORED
 
-COLUMNS = TEXT_COLUMNS
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tagged:
@@ -171,7 +169,7 @@ def _tag_names(tags: list[Any], config: Config) -> tuple[str, ...]:
 
 def show_example(tokenizer: Any, example: Example, labels: Labels) -> str:
     """Tokens with their tags: `[CLS] ada/B-PER love/I-PER ##lace wrote/O [SEP]`."""
-    ids, tags = (example.columns[name].tolist() for name in COLUMNS)
+    ids, tags = (example.columns[name].tolist() for name in TEXT_COLUMNS)
     return " ".join(
         token if tag == IGNORED else f"{token}/{labels.names[tag]}"
         for token, tag in zip(tokenizer.convert_ids_to_tokens(ids), tags, strict=True)

@@ -29,8 +29,6 @@ from fjft.data.turns import Span, TurnFinder
 from fjft.errors import UserError
 from fjft.labels import IGNORED
 
-COLUMNS = TEXT_COLUMNS
-
 
 def find_labels(config: Config) -> None:
     """Text is not labelled as a whole."""

@@ -122,6 +122,13 @@ class Decoder(nnx.Module):
         return self.arch.num_positions - num_virtual
 
     @property
+    def output_table(self) -> str | None:
+        """The module of the token vectors that logits are products with, if any are."""
+        has_logits = self.arch.num_labels is None
+        is_tied = has_logits and isinstance(self.lm_head, TiedHead)
+        return "embedding" if is_tied else None
+
+    @property
     def logit_softcap(self) -> float | None:
         """What logits are bent to stay below; None leaves them."""
         return self.arch.logit_softcap

@@ -103,6 +103,12 @@ class Encoder(nnx.Module):
         num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
         return self.arch.num_positions - self.arch.position_offset - num_virtual
 
+    @property
+    def output_table(self) -> str | None:
+        """The module of the token vectors that logits are products with, if any are."""
+        is_tied = self.head.plan.kind == "masked_lm" and self.head.output is None
+        return "embeddings.words" if is_tied else None
+
     def logit_terms(
         self, x_BTE: Float[Array, "B T E"], rng: Key[Array, ""] | None = None
     ) -> Terms:

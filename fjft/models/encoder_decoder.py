@@ -137,6 +137,13 @@ class EncoderDecoder(nnx.Module):
         """Tokens of a text that the table of positions is enough for; None is any."""
         return self.arch.num_positions or None
 
+    @property
+    def output_table(self) -> str | None:
+        """The module of the token vectors that logits are products with, if any are."""
+        if not isinstance(self.lm_head, TiedHead):
+            return None
+        return "embedding" if self.arch.shares_embeddings else "decoder_embedding"
+
     def encode(
         self,
         input_ids_BE: Int[Array, "B E"],

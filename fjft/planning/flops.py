@@ -89,6 +89,13 @@ def attention_flops(arch: Any, length: int) -> float:
       arch: The model's numbers.
       length: Tokens of a row.
     """
+    if hasattr(arch, "encoder"):
+        # A decoder's layer attends to its own tokens, and to the encoder's.
+        sides = (arch.encoder, 1), (arch.decoder, 2)
+        return sum(
+            12.0 * times * s.num_layers * s.num_heads * s.head_dim * length
+            for s, times in sides
+        )
     width = arch.num_heads * arch.head_dim
     windows = [getattr(k, "window", None) for k in getattr(arch, "kinds", ())]
     windows = windows or [None] * arch.num_layers

@@ -123,8 +123,14 @@ def peak_bytes(memory: Any, mesh: Mesh) -> int:
     )
 
 
-def check_fits(experiment: Experiment, mesh: Mesh, files: ModelInfo) -> None:
-    """Refuses a run that does not fit its devices, before anything big is read.
+def check_fits(
+    experiment: Experiment,
+    mesh: Mesh,
+    files: ModelInfo,
+    length: int,
+    num_labels: int | None = None,
+) -> None:
+    """Refuses a run that does not fit its devices, before its weights are read.
 
     Devices that do not tell their memory, such as CPUs, are trusted.
 
@@ -132,18 +138,18 @@ def check_fits(experiment: Experiment, mesh: Mesh, files: ModelInfo) -> None:
       experiment: The config.
       mesh: The devices.
       files: The pretrained model; its weights are not read.
+      length: Tokens of the longest row.
+      num_labels: Outputs of the head, where the data say it.
 
     Raises:
       UserError: It does not fit; says what takes the memory and what to change.
     """
     limit = _limit(mesh)
-    # The shapes of other examples are not known before the data is read.
-    if limit is None or experiment.encoder_module.COLUMNS is None:
+    if limit is None:
         return
-    length = experiment.data.max_length
     with jax.set_mesh(mesh):
         steps = experiment.train.max_steps or UNKNOWN_STEPS
-        program = build_program(experiment, mesh, files, steps)
+        program = build_program(experiment, mesh, files, steps, num_labels)
         fit = compile_step(program, length, limit)[2]
     if not fit.fits:
         raise UserError(

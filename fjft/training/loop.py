@@ -100,9 +100,13 @@ def train(
     # What cannot be trained is said before the data is read.
     head, num_labels = experiment.objective_module.HEAD, experiment.count_labels()
     read_architecture(choose_head(files, head, num_labels))
-    check_fits(experiment, mesh, files)
+    if experiment.data.packing:
+        check_fits(experiment, mesh, files, experiment.data.max_length)
     tokenizer = files.load_tokenizer()
     rows, held_out, report = experiment.load_examples(tokenizer)
+    if not experiment.data.packing:
+        num_labels = experiment.count_labels(rows.examples.labels)
+        check_fits(experiment, mesh, files, rows.longest, num_labels)
     for line in report.describe():
         screen.say(line)
     for warning in report.warnings():

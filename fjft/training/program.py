@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from fjft import sharding, tree
 from fjft.blueprint import Blueprint, choose_head, draw_model, most_common_dtype
 from fjft.checkpoint.source import ModelInfo
-from fjft.data.encoders import ENCODERS
+from fjft.data.encoders import find_layout
+from fjft.data.examples import Layout
 from fjft.data.pack import empty_batch
 from fjft.errors import UserError
 from fjft.experiment import Experiment
@@ -41,6 +42,9 @@ from fjft.training.teacher import (
 # Stands for the steps of a run whose data has not been read; it is only the schedule's
 # numbers that depend on it.
 UNKNOWN_STEPS = 10_000
+_TOKEN_TABLES = ("embedding", "embeddings.words", "decoder_embedding")
+# About what an example in a packed row has.
+_EXAMPLE_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,8 @@ class Program:
       flops_per_token: Model FLOPs of training on one token.
       batch_size: Rows of a batch.
       dtype: Of activations and frozen weights.
-      examples: What kind of examples it holds, a key of `data.encoders.ENCODERS`.
+      layout: What a batch holds besides positions and segments.
+      is_packed: Whether a row holds several examples.
       mesh: Where everything lies.
     """
 
@@ -78,22 +83,19 @@ class Program:
     flops_per_token: float
     batch_size: int
     dtype: str
-    examples: str
+    layout: Layout
+    is_packed: bool
     mesh: Mesh
 
     def batch_shapes(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of a batch whose rows have `length` tokens.
 
-        Raises:
-          UserError: The shapes of what the objective learns from depend on the data.
+        How many examples a packed row holds at most is the data's to say; it is the
+        shape of a label or two, and guessed.
         """
-        columns = ENCODERS[self.examples].COLUMNS
-        if columns is None:
-            raise UserError(
-                f"the shapes of {self.examples} batches are not known without the data"
-            )
+        num_examples = max(length // _EXAMPLE_TOKENS, 1) if self.is_packed else 1
         rows = sharding.batch_sharding(self.mesh)
-        batch = empty_batch(self.batch_size, length, columns)
+        batch = empty_batch(self.batch_size, length, self.layout, num_examples)
         return {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
             for name, array in batch.items()
@@ -123,8 +125,9 @@ def build_program(
     sharding.check_batch(e.train.batch_size, e.train.accumulation_steps, mesh)
     sharding.check_length(e.data.max_length, mesh)
     dtype = most_common_dtype(files) if e.model.dtype == "auto" else e.model.dtype
+    files = choose_head(files, e.objective_module.HEAD, num_labels or e.count_labels())
     blueprint = draw_model(
-        choose_head(files, e.objective_module.HEAD, num_labels or e.count_labels()),
+        files,
         method=e.method,
         peft_config=e.peft,
         dtype=dtype,
@@ -160,6 +163,8 @@ def build_program(
         trainable, optimizer, rule, on_host=e.optimizer.offload, averages=averages
     )
     flops = 6 * _multiplied(trainable, blueprint) + 4 * _multiplied(frozen, blueprint)
+    if hasattr(e.objective_module, "REFERENCE"):
+        flops += 2 * _multiplied(frozen, blueprint)
     graphdef = blueprint.graphdef
     if has_teacher(e):
         teacher = draw_teacher(e, mesh)
@@ -190,7 +195,13 @@ def build_program(
         flops_per_token=flops,
         batch_size=e.train.batch_size,
         dtype=dtype,
-        examples=e.objective_module.EXAMPLES,
+        layout=find_layout(
+            e.objective_module.EXAMPLES,
+            e.data,
+            getattr(files.config, "type_vocab_size", 0) > 1,
+            files.config.num_labels or 0,
+        ),
+        is_packed=e.data.packing,
         mesh=mesh,
     )
 
@@ -286,17 +297,21 @@ def _multiplied(params: tree.Params, blueprint: Blueprint) -> float:
     count. Attention's own products are left out, as is what the backward pass
     recomputes, so the utilization worked out from it is a lower bound.
     """
-    axes = tree.logical_axes(blueprint.model)
-    experts: Any = getattr(blueprint.model.arch, "experts", None)
-    has_head = any(path.startswith(("lm_head.", "score.")) for path in blueprint.params)
+    model: Any = blueprint.model
+    axes = tree.logical_axes(model)
+    experts: Any = getattr(model.arch, "experts", None)
 
     def share(path: str) -> float:
         return experts.per_token / experts.count if "expert" in axes[path] else 1.0
 
     def is_matrix(path: str) -> bool:
-        looked_up = path == "embedding.weight" and has_head
-        looked_up |= "positions" in axes[path] or is_scale(path)
-        return not looked_up and jnp.ndim(params[path]) >= 2
+        module = path.rpartition(".")[0]
+        is_looked_up = module in _TOKEN_TABLES and module != model.output_table
+        is_looked_up |= bool({"positions", "types"} & set(axes[path]))
+        is_pooled = path.startswith("head.") and model.head.plan.pooling is not None
+        if is_looked_up or is_pooled or is_scale(path):
+            return False
+        return jnp.ndim(params[path]) >= 2
 
     return sum(
         math.prod(p.shape) * share(path)

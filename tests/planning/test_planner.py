@@ -180,10 +180,10 @@ def test_a_run_that_does_not_fit_is_refused(llama, monkeypatch):
     experiment = build_experiment(config(llama))
 
     mesh, files = sharding.make_mesh(experiment.mesh), open_info(llama)
-    fit.check_fits(experiment, mesh, files)  # CPUs do not tell their memory
+    fit.check_fits(experiment, mesh, files, 128)  # CPUs do not tell their memory
     monkeypatch.setattr(fit, "_limit", lambda mesh: 1000)
     with pytest.raises(UserError, match=r"needs .* on each device, which has") as e:
-        fit.check_fits(experiment, mesh, files)
+        fit.check_fits(experiment, mesh, files, 128)
     assert "temporaries" in str(e.value)
     assert "train.accumulation_steps" in str(e.value)
 

@@ -12,6 +12,7 @@ from fjft import sharding
 from fjft.build import build_experiment, override
 from fjft.checkpoint.source import open_info
 from fjft.errors import UserError
+from fjft.training import fit
 from fjft.training.program import build_program
 
 
@@ -60,6 +61,16 @@ def test_texts_longer_than_the_table_of_positions(tmp_path):
     )
     with pytest.raises(UserError, match="the model has positions for 16; set data"):
         fjft.train(config)
+
+
+def test_what_fits_is_asked_of_rows_as_long_as_they_get(llama, tmp_path, monkeypatch):
+    """With packing they are all of one length; without, the data say."""
+    monkeypatch.setattr(fit, "_limit", lambda mesh: 1000)
+    for packing, length in ((True, 2048), (False, 1024)):
+        options = {"data__packing": packing, "data__max_length": 2048}
+        config = tiny_experiment.make_config(llama, tmp_path, **options)
+        with pytest.raises(UserError, match=f"8 rows of {length} tokens needs"):
+            fjft.train(config)
 
 
 def test_a_batch_that_does_not_divide(llama, tmp_path):
