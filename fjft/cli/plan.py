@@ -103,5 +103,5 @@ def _advise(planner: Any, report: Any) -> None:
     from fjft.planning.tune import advise, describe_advice
 
     print("what would help, one change at a time:")
-    for tried in advise(planner):
+    for tried in advise(planner, report):
         print(f"  {describe_advice(report, tried)}", flush=True)

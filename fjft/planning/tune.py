@@ -24,6 +24,8 @@ SLACK = 0.1
 # How much faster several microbatches must be, whose batch is so much larger, and rows
 # of double the length.
 WORTH = 1.01
+# What a change must leave of the memory that is too much, at most, to be advice.
+HELPFUL = 0.99
 
 Changes = dict[str, Any]
 
@@ -196,8 +198,13 @@ def _length(planner: Planner) -> int:
     return build_experiment(planner.config).data.max_length
 
 
-def advise(planner: Planner) -> Iterator[Tried]:
-    """What would make a config that does not fit need less, one change at a time."""
+def advise(planner: Planner, report: Report) -> Iterator[Tried]:
+    """What would make a config that does not fit need less, one change at a time.
+
+    Args:
+      planner: Of the config.
+      report: Its plan; changes that save nothing of it are left out.
+    """
     config = planner.config.to_dict()
 
     def get(key: str, default: Any) -> Any:
@@ -226,9 +233,11 @@ def advise(planner: Planner) -> Iterator[Tried]:
         candidates.append({"peft.method": "lora"})
     for changes in candidates:
         try:
-            yield Tried(changes, planner.plan(changes))
+            changed = planner.plan(changes)
         except UserError:
             continue  # cannot be had with the rest of the config
+        if changed.peak_bytes < HELPFUL * report.peak_bytes:
+            yield Tried(changes, changed)
 
 
 def describe_advice(report: Report, tried: Tried) -> str:

@@ -220,15 +220,10 @@ def test_advice_says_what_each_change_helps(monkeypatch):
     )
     base = {"train.batch_size": 4, "model.remat": "none"}
     planner.plan = lambda changes: MadeUp.plan(planner, base | changes)
-    found = {str(t.changes): t.report for t in tune.advise(planner)}  # type: ignore[arg-type]
-    full = found["{'model.remat': 'full'}"]
-    shorter = found["{'data.max_length': 512}"]
-    assert full is not None
-    assert shorter is not None
-    assert full.fits
-    assert not shorter.fits
-    tried = tune.Tried({"model.remat": "full"}, full)
-    line = tune.describe_advice(planner.plan({}), tried)
+    report = planner.plan({})
+    found = {str(t.changes): t for t in tune.advise(planner, report)}  # type: ignore[arg-type]
+    assert "{'data.max_length': 512}" not in found  # takes as much on this machine
+    line = tune.describe_advice(report, found["{'model.remat': 'full'}"])
     assert line == "model.remat=full: 2.40 GiB instead of 82.00 GiB, which fits"
 
 
