@@ -76,27 +76,3 @@ def _dot_flops(eqn: Any) -> float:
 def _narrow_type(eqn: Any) -> str:
     dtype = eqn.invars[0].aval.dtype.name
     return "fp8" if dtype.startswith("float8") else dtype
-
-
-def attention_flops(arch: Any, length: int) -> float:
-    """FLOPs of attention's own products for one token, forward and backward.
-
-    As Chowdhery et al. 2022 (PaLM, appendix B) count them: two products forward and
-    four backward, each over all keys of the row, whatever the mask hides; a window
-    counts as long as it is. Nothing recomputed counts.
-
-    Args:
-      arch: The model's numbers.
-      length: Tokens of a row.
-    """
-    if hasattr(arch, "encoder"):
-        # A decoder's layer attends to its own tokens, and to the encoder's.
-        sides = (arch.encoder, 1), (arch.decoder, 2)
-        return sum(
-            12.0 * times * s.num_layers * s.num_heads * s.head_dim * length
-            for s, times in sides
-        )
-    width = arch.num_heads * arch.head_dim
-    windows = [getattr(k, "window", None) for k in getattr(arch, "kinds", ())]
-    windows = windows or [None] * arch.num_layers
-    return sum(12.0 * width * min(length, w or length) for w in windows)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fjft.planning.compiling import Compiled
-from fjft.planning.flops import attention_flops
 from fjft.planning.hlo import Buffer
 from fjft.planning.targets import Target
 from fjft.training.fit import gib
+from fjft.training.flops import attention_flops
 
 # How each estimate is come by.
 METHODS = {

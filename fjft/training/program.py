@@ -5,12 +5,10 @@ Nothing here has numbers, so a step can be compiled for devices that are not the
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,12 +22,12 @@ from fjft.data.pack import empty_batch
 from fjft.errors import UserError
 from fjft.experiment import Experiment
 from fjft.models.bare import without_adapters
-from fjft.models.quantized import is_scale
 from fjft.optimize.optimizer import make_optimizer, make_schedule
 from fjft.peft import virtual
 from fjft.peft.rule import StepRule
 from fjft.programs import compiler_options
 from fjft.training import step as steps
+from fjft.training.flops import multiplied
 from fjft.training.groups import find_decayed, find_rates
 from fjft.training.state import TrainState, abstract_state
 from fjft.training.teacher import (
@@ -42,7 +40,6 @@ from fjft.training.teacher import (
 # Stands for the steps of a run whose data has not been read; it is only the schedule's
 # numbers that depend on it.
 UNKNOWN_STEPS = 10_000
-_TOKEN_TABLES = ("embedding", "embeddings.words", "decoder_embedding")
 # About what an example in a packed row has.
 _EXAMPLE_TOKENS = 128
 
@@ -162,15 +159,15 @@ def build_program(
     state = abstract_state(
         trainable, optimizer, rule, on_host=e.optimizer.offload, averages=averages
     )
-    flops = 6 * _multiplied(trainable, blueprint) + 4 * _multiplied(frozen, blueprint)
+    flops = 6 * multiplied(trainable, blueprint) + 4 * multiplied(frozen, blueprint)
     if hasattr(e.objective_module, "REFERENCE"):
-        flops += 2 * _multiplied(frozen, blueprint)
+        flops += 2 * multiplied(frozen, blueprint)
     graphdef = blueprint.graphdef
     if has_teacher(e):
         teacher = draw_teacher(e, mesh)
         graphdef, _ = tree.split(with_teacher(blueprint.model, teacher.model))
         frozen |= as_teachers(teacher.params)
-        flops += 2 * _multiplied(teacher.params, teacher)
+        flops += 2 * multiplied(teacher.params, teacher)
     train_step = steps.make_train_step(
         graphdef,
         _make_loss(e),
@@ -287,34 +284,3 @@ def _check_packing(e: Experiment, model: Any) -> None:
 def _stack_axes(axes: tuple[str | None, ...]) -> int:
     """How many leading axes only lay matrices side by side."""
     return axes.count("layers") + axes.count("expert")
-
-
-def _multiplied(params: tree.Params, blueprint: Blueprint) -> float:
-    """How many scalars of these parameters one token's vectors are multiplied with.
-
-    Each is two FLOPs forward, two for the gradient of its input, and two more for its
-    own gradient where it is trained. Of routed experts only those that a token goes to
-    count. Attention's own products are left out, as is what the backward pass
-    recomputes, so the utilization worked out from it is a lower bound.
-    """
-    model: Any = blueprint.model
-    axes = tree.logical_axes(model)
-    experts: Any = getattr(model.arch, "experts", None)
-
-    def share(path: str) -> float:
-        return experts.per_token / experts.count if "expert" in axes[path] else 1.0
-
-    def is_matrix(path: str) -> bool:
-        module = path.rpartition(".")[0]
-        is_looked_up = module in _TOKEN_TABLES and module != model.output_table
-        is_looked_up |= bool({"positions", "types"} & set(axes[path]))
-        is_pooled = path.startswith("head.") and model.head.plan.pooling is not None
-        if is_looked_up or is_pooled or is_scale(path):
-            return False
-        return jnp.ndim(params[path]) >= 2
-
-    return sum(
-        math.prod(p.shape) * share(path)
-        for path, p in params.items()
-        if is_matrix(path)
-    )

@@ -21,7 +21,7 @@ from fjft.models.codes import FORMATS
 from fjft.models.weights import module_at
 from fjft.objectives import causal_lm
 from fjft.peft import full, last_layers, lora
-from fjft.training.program import _multiplied
+from fjft.training.flops import multiplied
 
 MESH = (2, 2, 2)
 LORA = lora.Config(r=4, target_modules="q_proj|down_proj|gate_proj")
@@ -227,7 +227,7 @@ def test_codes_count_as_numbers_and_scales_do_not(files):
             mesh=sharding.single_device_mesh(),
             quantization=quantization,
         )
-        counts.append(_multiplied(blueprint.params, blueprint))
+        counts.append(multiplied(blueprint.params, blueprint))
     assert counts[0] == counts[1]
     assert tree.num_bytes(jnp.zeros((3, 4), jnp.uint4)) == 6
 

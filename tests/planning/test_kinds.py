@@ -10,7 +10,8 @@ import pytest
 import fjft
 from fjft import sharding
 from fjft.build import build_experiment
-from fjft.planning.flops import attention_flops, count_flops
+from fjft.planning.flops import count_flops
+from fjft.training.flops import attention_flops
 from fjft.training.placing import place
 from fjft.training.program import build_program
 
