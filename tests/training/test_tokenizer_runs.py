@@ -50,7 +50,7 @@ def config(tmp_path, llama, texts):
             model__from_scratch=True,
             peft__method="full",
             data__train=texts,
-            data__max_length=48,
+            data__max_length=40,
             optimizer__warmup_steps=0.0,
             **{"train__max_steps": 2} | overrides,
         )
