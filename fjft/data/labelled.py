@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import (
-    Draw,
-    Encoded,
-    Example,
-    Labels,
-    Layout,
-    without_label,
-)
+from fjft.data.examples import Draw, Encoded, Example, Labels, Layout, without_label
 from fjft.data.sources import list_specs, read_rows
 from fjft.data.templates import MalformedError
 from fjft.errors import UserError

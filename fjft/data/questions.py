@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 
 from fjft.data.config import Config
-from fjft.data.examples import (
-    Draw,
-    Encoded,
-    Example,
-    Labels,
-    Layout,
-    without_label,
-)
+from fjft.data.examples import Draw, Encoded, Example, Labels, Layout, without_label
 from fjft.data.labelled import name_columns, read_text
 from fjft.data.sources import list_specs
 from fjft.data.templates import MalformedError
