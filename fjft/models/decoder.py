@@ -23,6 +23,7 @@ from fjft.models.layers import (
 from fjft.models.mask import Mask, Places
 from fjft.models.moe import Load, balance_loss, no_load
 from fjft.models.prompt import (
+    num_virtual_tokens,
     prefix_of,
     prepend_vectors,
     vectors_of,
@@ -118,8 +119,7 @@ class Decoder(nnx.Module):
         """Tokens of a text that the table of positions is enough for; None is any."""
         if self.arch.num_positions is None:
             return None
-        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
-        return self.arch.num_positions - num_virtual
+        return self.arch.num_positions - num_virtual_tokens(self.prompt)
 
     @property
     def output_table(self) -> str | None:
@@ -209,7 +209,7 @@ class Decoder(nnx.Module):
         remat: str,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
         """All layers and the last norm, the virtual tokens' outputs left out."""
-        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        num_virtual = num_virtual_tokens(self.prompt)
         positions_BT = positions_BT + num_virtual
         if lengths_B is not None:
             lengths_B = lengths_B + num_virtual
@@ -324,7 +324,7 @@ class Decoder(nnx.Module):
     def init_cache(self, batch_size: int, num_slots: int) -> Cache:
         """A cache with `num_slots` empty slots, after any virtual tokens'."""
         arch = self.arch
-        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        num_virtual = num_virtual_tokens(self.prompt)
         cache = init_cache(
             arch.num_layers,
             batch_size,

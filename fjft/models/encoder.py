@@ -15,7 +15,12 @@ from fjft.models.encoder_head import Head
 from fjft.models.layers import Maker, Terms
 from fjft.models.mask import full_mask
 from fjft.models.pooling import pool
-from fjft.models.prompt import only_segment, vectors_of, with_virtual_places
+from fjft.models.prompt import (
+    num_virtual_tokens,
+    only_segment,
+    vectors_of,
+    with_virtual_places,
+)
 from fjft.models.stack import REMAT_POLICIES, Stack
 from fjft.models.weights import Row
 from fjft.sharding import constrain
@@ -100,7 +105,7 @@ class Encoder(nnx.Module):
         """Tokens of a text that the table of positions is enough for; None is any."""
         if not self.arch.num_positions:
             return None
-        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        num_virtual = num_virtual_tokens(self.prompt)
         return self.arch.num_positions - self.arch.position_offset - num_virtual
 
     @property
@@ -139,7 +144,7 @@ class Encoder(nnx.Module):
             self._check_length(input_ids_BT.shape[1])
         if positions_BT is None:
             positions_BT = restarting_positions(segment_ids_BT)
-        num_virtual = 0 if self.prompt is None else self.prompt.num_tokens
+        num_virtual = num_virtual_tokens(self.prompt)
         if num_virtual:
             positions_BT, segment_ids_BT = with_virtual_places(
                 num_virtual, positions_BT + num_virtual, segment_ids_BT, segment=1

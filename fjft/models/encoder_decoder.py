@@ -22,6 +22,7 @@ from fjft.models.layers import (
     sum_terms,
 )
 from fjft.models.prompt import (
+    num_virtual_tokens,
     only_segment,
     prefix_of,
     prepend_vectors,
@@ -135,7 +136,9 @@ class EncoderDecoder(nnx.Module):
     @property
     def longest_text(self) -> int | None:
         """Tokens of a text that the table of positions is enough for; None is any."""
-        return self.arch.num_positions or None
+        if not self.arch.num_positions:
+            return None
+        return self.arch.num_positions - num_virtual_tokens(self.prompt)
 
     @property
     def output_table(self) -> str | None:

@@ -79,6 +79,11 @@ class Prefix:
         ).advance(N)
 
 
+def num_virtual_tokens(prompt: Any) -> int:
+    """How many places of a row a model's `prompt` slot takes."""
+    return 0 if prompt is None else prompt.num_tokens
+
+
 def prefix_of(prompt: Any, dtype: jax.typing.DTypeLike) -> Prefix | None:
     """The keys and values of a model's `prompt` slot, if it holds any."""
     found = None if prompt is None else prompt.keys_values()

@@ -9,6 +9,7 @@ import tiny
 import tiny_seq2seq
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import load_file
 from transformers.models.marian.modeling_marian import (
     MarianSinusoidalPositionalEmbedding,
@@ -17,7 +18,9 @@ from transformers.models.marian.modeling_marian import (
 import fjft
 from fjft.errors import UserError
 from fjft.generation.seq2seq import special_tokens
+from fjft.models.layers import Rngs
 from fjft.models.positions import sinusoids
+from fjft.peft import virtual
 
 
 @pytest.mark.parametrize("size", [24, 25])
@@ -73,6 +76,12 @@ def test_a_position_beyond_the_table_does_not_go_unnoticed():
     assert limit == 40
     positions = jnp.array([[0, limit - 1], [0, limit]])
     states = model.encode(jnp.full((2, 2), 7), positions).states
+    assert np.isfinite(states[0]).all()
+    assert np.isnan(states[1]).any()
+    # Virtual tokens take the first places.
+    model.prompt = nnx.data(virtual.Tokens(Rngs(0), 4, 24, 4))
+    assert model.longest_text == limit - 4
+    states = model.encode(jnp.full((2, 2), 7), positions - 4).states
     assert np.isfinite(states[0]).all()
     assert np.isnan(states[1]).any()
 
